@@ -1,0 +1,127 @@
+"""The board: shared memory in which workers say what they are doing, and which outlives them.
+
+One anonymous mapping, made by the master before the first fork. Every cell has one writer at a time: a worker's row is
+that worker's; a slot's state is the master's until the slot is given and its worker's from then on. Nobody locks:
+a cell is one aligned machine word or one byte, and each state is stored *before* the act it names, so that whoever
+reads it after a SIGKILL never believes less than what happened. What it may believe is more: a state whose act did
+not come to pass. Every ending below is therefore chosen to be harmless in that case.
+
+    state      means                                              if the worker dies now
+    FREE       no stream                                          -
+    GIVEN      nothing has happened                               give it to another worker, whole
+    COMMITTED  side effects begun, no byte to the client          end it: 502
+    OPENING    the head is being written                          end it: a 502 head and `event: error`
+    OPEN       head out, last event whole                         end it: `event: error`
+    PARTIAL    a short write left half an event                   end it: LF, then `event: error`
+    FOREIGN    the client belongs to a program, or is a bare body close; say nothing
+    ENDED      done, unreported                                   close
+
+In OPENING a 200 head may be out already: then the 502's lines are SSE fields of unknown names, which a parser ignores
+(https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation).
+
+Layout: WORKERS_MAX rows of 64 bytes (a cache line each, so that workers do not slow each other), then a byte of state
+per slot, then a byte of client kind per slot.
+"""
+
+import mmap
+from enum import IntEnum
+from typing import Final
+
+WORKERS_MAX: Final = 4096
+"""Rows for three generations of the most workers that may be configured; a page nobody writes to costs nothing."""
+_ROW_WORDS: Final = 8
+_ROW_BYTES: Final = _ROW_WORDS * 8
+
+
+class State(IntEnum):
+    """What has happened to a client so far; see the table above."""
+
+    FREE = 0
+    GIVEN = 1
+    COMMITTED = 2
+    OPENING = 3
+    OPEN = 4
+    PARTIAL = 5
+    FOREIGN = 6
+    ENDED = 7
+
+
+class Kind(IntEnum):
+    """What may be written to a client by somebody who knows nothing else of it."""
+
+    PLAIN = 0
+    """HTTP/1.1 in the clear, nothing sent before the handoff."""
+    TLS = 1
+    BARE = 2
+    """The response head is out already, the body is not ours to end with words (fdpass)."""
+
+
+class Board:
+    """The mapping and its views. `states` and `kinds` are indexed by slot."""
+
+    def __init__(self, slots: int) -> None:
+        rows = WORKERS_MAX * _ROW_BYTES
+        self.slots = slots
+        self.memory = mmap.mmap(-1, rows + 2 * slots)
+        whole = memoryview(self.memory)
+        self.words = whole[:rows].cast("Q")
+        self.states = whole[rows : rows + slots]
+        self.kinds = whole[rows + slots :]
+
+    def row(self, index: int) -> "Row":
+        """The row of the worker with this index."""
+        return Row(self, index)
+
+
+class Row:
+    """One worker's cells. The worker writes them; the master reads them, and clears them before a fork.
+
+    beat: a counter, one more each loop turn and at least once a second.
+    current: the slot it is handling this instant plus one, or 0. A worker that dies with it set dies of that slot.
+    streams: how many streams are live.
+    totals: started, completed, failed, bytes sent, over its whole life; a second old at most.
+    """
+
+    __slots__ = ("_at", "_words")
+
+    def __init__(self, board: Board, index: int) -> None:
+        self._words = board.words
+        self._at = index * _ROW_WORDS
+
+    def clear(self) -> None:
+        """Forget the previous worker of this index."""
+        for word in range(_ROW_WORDS):
+            self._words[self._at + word] = 0
+
+    @property
+    def beat(self) -> int:
+        return self._words[self._at]
+
+    def store_beat(self, count: int) -> None:
+        self._words[self._at] = count
+
+    @property
+    def current(self) -> int:
+        return self._words[self._at + 1]
+
+    def store_current(self, slot_plus_one: int) -> None:
+        self._words[self._at + 1] = slot_plus_one
+
+    @property
+    def streams(self) -> int:
+        return self._words[self._at + 2]
+
+    def store_streams(self, count: int) -> None:
+        self._words[self._at + 2] = count
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        return tuple(self._words[self._at + 3 : self._at + 7])
+
+    def store_totals(self, started: int, completed: int, failed: int, sent_bytes: int) -> None:
+        for word, total in enumerate((started, completed, failed, sent_bytes), 3):
+            self._words[self._at + word] = total
+
+    def cell_of_current(self) -> tuple[memoryview, int]:
+        """The view and the index of `current`, for the worker's hot path (a call costs more than the store)."""
+        return self._words, self._at + 1

@@ -1,0 +1,25 @@
+"""What the master hands to a worker at its birth."""
+
+import socket
+from dataclasses import dataclass
+
+from forkd.board import Board
+from forkd.logs import Logs
+from forkd.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A worker's inheritance. It owns `channel`; the board and the log's fd are shared with everyone.
+
+    index: unique among live processes, used again after this one is reaped; names its row on the board and its
+    metrics files. generation: counts configurations since the start.
+    """
+
+    index: int
+    generation: int
+    channel: socket.socket
+    board: Board
+    settings: Settings
+    logs: Logs
+    metrics_dir: str | None

@@ -1,0 +1,99 @@
+"""The wire between the master and one worker: a SEQPACKET socketpair.
+
+Down, one message each: a fixed head, then a body, and the fds that belong to it.
+
+    ASSIGN  body: the handoff's payload as it came. fds: the client, then perhaps a memfd.
+    END     body: END_HEAD (the state the client was left in), the code, LF, the payload if still kept. fd: the client.
+            Someone else could not go on with this client: tell it, in the way that state calls for.
+    DRAIN   no more handoffs will come: finish what there is, then exit.
+    STOP    end every stream now, with `code: shutdown`, then exit.
+
+Up: one kind byte, then (slot, attempt) pairs.
+
+    READY     the worker can take handoffs.
+    FINISHED  these slots are done: their client is closed on the worker's side.
+    RETURNED  this worker had no fd to receive these clients with: give them to another.
+    DRAINING  the worker was told by a signal to go: give it nothing more.
+
+The end of file says the same as DRAIN: a worker whose master died finishes its streams and goes.
+A pair names the attempt because a slot is used again: a late report must not cross out the next client.
+"""
+
+import socket
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+
+class Down(IntEnum):
+    """Messages from the master to a worker."""
+
+    ASSIGN = 1
+    END = 2
+    DRAIN = 3
+    STOP = 4
+
+
+class Up(IntEnum):
+    """Messages from a worker to the master."""
+
+    READY = 1
+    FINISHED = 2
+    RETURNED = 3
+    DRAINING = 4
+
+
+PAYLOAD_IN_MEMFD: Final = 0x01
+"""The whole payload is in the second fd (it was too long for a message); the body is empty."""
+DATA_FD: Final = 0x02
+"""The second fd is the sender's own memfd with the data that the envelope announces."""
+
+_HEAD: Final = struct.Struct("<IIBBHd")
+HEAD_BYTES: Final = _HEAD.size
+MAX_BODY_BYTES: Final = 65536 + 256
+_PAIR: Final = struct.Struct("<II")
+
+
+class Assignment(NamedTuple):
+    """The head of a down message. `received_at` is CLOCK_MONOTONIC, which all processes of a machine share."""
+
+    slot: int
+    attempt: int
+    kind: int
+    flags: int
+    listener: int
+    received_at: float
+
+
+def send_down(sock: socket.socket, head: Assignment, body: bytes, fds: Sequence[int]) -> None:
+    """Send one message; the fds stay the caller's. Raises OSError: EAGAIN, ENOBUFS, ETOOMANYREFS all mean "full"."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    sock.sendmsg([_HEAD.pack(*head), body], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def parse_down(message: bytes) -> tuple[Assignment, bytes]:
+    """Split a down message into its head and its body."""
+    return Assignment._make(_HEAD.unpack_from(message)), message[HEAD_BYTES:]
+
+
+def end_body(state: int, code: str, payload: bytes) -> bytes:
+    """The body of an END message."""
+    return bytes((state,)) + code.encode("ascii") + b"\n" + payload
+
+
+def parse_end_body(body: bytes) -> tuple[int, str, bytes]:
+    """The state, the code and the payload ("" if it was not kept) of an END message."""
+    code, _, payload = body[1:].partition(b"\n")
+    return body[0], code.decode("ascii"), payload
+
+
+def pack_up(kind: Up, pairs: Iterable[tuple[int, int]] = ()) -> bytes:
+    """One up message; `pairs` are (slot, attempt)."""
+    return bytes((kind,)) + b"".join([_PAIR.pack(slot, attempt) for slot, attempt in pairs])
+
+
+def parse_up(message: bytes) -> tuple[Up, Iterable[tuple[int, int]]]:
+    """The kind of an up message and its (slot, attempt) pairs."""
+    return Up(message[0]), _PAIR.iter_unpack(memoryview(message)[1:])

@@ -1,0 +1,108 @@
+"""The command line: flags and subcommands. Nothing else knows argv.
+
+Exit status: 0 after an orderly stop, 1 when forkd could not start or run, 2 when the command line or the configuration is
+wrong.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import forkd
+from forkd import config, process
+from forkd.listener import ListenError
+from forkd.logs import Logs, Sink
+from forkd.master import Master
+from workers.main import run as run_worker
+
+DESCRIPTION = """\
+Takes streaming answers off Apache's hands: receives client sockets that Apache hands over (mod_socket_handoff),
+and streams to them from a pool of worker processes.
+
+Without any configuration forkd answers with canned text (the mock backend), which is enough to try the set-up.
+"""
+
+EPILOG = """\
+subcommands:
+  forkd demo               everything in one command, without Apache: a web page on http://127.0.0.1:8080
+                           (forkd demo --help)
+
+signals to the master:
+  TERM, INT   stop accepting, let streams finish (server.shutdown_timeout_secs); a second one ends them
+  QUIT        end the streams and stop at once
+  HUP         log how many streams there are
+  USR1        reopen the log file
+  TTIN, TTOU  one worker more, one fewer
+
+examples:
+  forkd -c /etc/forkd.yaml
+  forkd -s /tmp/forkd.sock -w 2 -d
+
+Flags override the environment (DAEMON_*, OPENAI_*), which overrides the file. Every key is in docs/configuration.md.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run forkd; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        from forkd import demo  # noqa: PLC0415 - the daemon needs none of it
+
+        return demo.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    if options.config and options.positional:
+        print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
+        return 2
+    path = options.config or options.positional
+    overrides: dict[str, object] = {
+        "server.socket_path": options.socket,
+        "default_backend": options.backend,
+        "workers.count": options.workers,
+        "logging.level": "debug" if options.debug else None,
+        "metrics.enabled": False if options.benchmark else None,
+    }
+    try:
+        settings, warnings = config.load(path, os.environ, overrides)
+    except config.ConfigError as error:
+        print(f"forkd: the configuration{f' {path}' if path else ''} is not valid:", file=sys.stderr)
+        for fault in error.faults:
+            print(f"  {fault}", file=sys.stderr)
+        return 2
+    own = settings.logging
+    try:
+        logs = Logs(Sink(own.file), own.level, own.format, access=own.access)
+    except OSError as error:
+        print(f"forkd: cannot open the log {own.file}: {error.strerror}", file=sys.stderr)
+        return 1
+    for warning in warnings:
+        logs.logger.warning("%s", warning)
+    process.forbid_core_dumps()
+    name = os.path.abspath(path) if path else settings.server.socket_path
+    try:
+        master = Master(settings, logs, run_worker, name, benchmark=options.benchmark)
+    except (ListenError, OSError) as error:
+        print(f"forkd: {error}", file=sys.stderr)
+        return 1
+    return master.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="forkd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="the configuration, YAML; without it: defaults")
+    parser.add_argument("positional", nargs="?", metavar="FILE", help="the same, by position")
+    parser.add_argument("-s", "--socket", metavar="PATH", help="the Unix socket to listen on (server.socket_path)")
+    parser.add_argument("-b", "--backend", metavar="NAME", help="the backend to answer with (default_backend)")
+    parser.add_argument("-w", "--workers", metavar="N", help="how many workers, or auto (workers.count)")
+    parser.add_argument("-d", "--debug", action="store_true", help="log at debug level")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="no Prometheus metrics; a summary of all streams at the end"
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"forkd {forkd.__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What people wrote, made into `Settings`: the file, the environment over it, the flags over both.
+
+The promise: a wrong configuration is refused with *every* fault named, one line each, in the words of whoever wrote it
+(``backends.openai.idle_timeout_secs: expected a number, got "fast"``; a fault of the environment names the variable).
+No secret is ever quoted, and nothing but `ConfigError` comes out.
+
+How: `forkd.strictyaml` reads the file; the three sources are laid over each other as plain data, remembering which came
+from where; `forkd.convert` goes down that data beside the Structs of `forkd.settings` and converts each leaf. What is
+left for here are the rules that take more than one key, or the system, to judge.
+"""
+
+import difflib
+import grp
+import os
+import pwd
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from forkd import strictyaml
+from forkd.convert import Walk, kind_of, shown
+from forkd.settings import HttpBackend, ListenerSettings, Settings, default_socket_path, parse_address
+
+# What this version can do of what can be configured. A new feature is let in here, and nowhere else.
+AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing"})
+AVAILABLE_PROTOCOLS: Final = frozenset({"handoff"})
+UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
+
+# The reference's variables, and what each sets.
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "DAEMON_SOCKET_PATH": "server.socket_path",
+    "DAEMON_SOCKET_MODE": "server.socket_mode",
+    "DAEMON_MAX_CONNECTIONS": "server.max_connections",
+    "DAEMON_HANDOFF_TIMEOUT_SECS": "server.handoff_timeout_secs",
+    "DAEMON_WRITE_TIMEOUT_SECS": "server.write_timeout_secs",
+    "DAEMON_SHUTDOWN_TIMEOUT_SECS": "server.shutdown_timeout_secs",
+    "DAEMON_BACKEND_PROVIDER": "default_backend",
+    "DAEMON_BACKEND_TIMEOUT_SECS": "backends.openai.first_byte_timeout_secs",
+    "DAEMON_DEFAULT_MODEL": "backends.openai.default_model",
+    "DAEMON_TOKEN_DELAY_MS": "backends.mock.token_delay_ms",
+    "OPENAI_API_KEY": "backends.openai.api_key",
+    "OPENAI_API_BASE": "backends.openai.api_base",
+    "OPENAI_API_SOCKET": "backends.openai.api_socket",
+    "OPENAI_HTTP2_ENABLED": "backends.openai.http2.enabled",
+    "OPENAI_INSECURE_SSL": "backends.openai.insecure_ssl",
+    "DAEMON_METRICS_ENABLED": "metrics.enabled",
+    "DAEMON_METRICS_ADDR": "metrics.listen_addr",
+    "DAEMON_LOG_LEVEL": "logging.level",
+    "DAEMON_LOG_FORMAT": "logging.format",
+}
+
+# Variables that the reference reads and forkd has no use for.
+OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
+    "DAEMON_HANDOFF_BUFFER_SIZE": "a handoff is received whole, whatever its size; server.max_data_bytes bounds it",
+    "RUST_LOG": "the level is logging.level or DAEMON_LOG_LEVEL",
+}
+
+MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un.sun_path less its NUL: unix(7)
+
+
+class ConfigError(Exception):
+    """The configuration is refused. `faults` says why, completely, one line each."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults: list[str] = list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class Loaded(NamedTuple):
+    """A good configuration, and what its author may want to know about it all the same."""
+
+    settings: Settings
+    warnings: list[str]
+
+
+def load(
+    path: str | None, environ: Mapping[str, str] = os.environ, overrides: Mapping[str, object] | None = None
+) -> Loaded:
+    """Read the configuration; raise `ConfigError` with every fault there is.
+
+    path is the YAML file, or None for none. overrides are the flags, by dotted key (``{"workers.count": 2}``); one
+    whose value is None was not given. A variable that is set to nothing counts as not set.
+    """
+    raw, faults = _read_file(path)
+    walk = Walk(faults)
+    walk.lay_over(raw, "server.socket_path", default_socket_path(environ), "server.socket_path", if_missing=True)
+    for variable, key in ENVIRONMENT.items():
+        if environ.get(variable):
+            walk.lay_over(raw, key, environ[variable], variable)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            walk.lay_over(raw, key, value, f"{key} (command line)")
+    settings = walk.struct(Settings, raw, "")
+    _check(settings, walk)
+    if walk.faults:
+        raise ConfigError(walk.faults)
+    return Loaded(settings, _warnings(environ))
+
+
+def _read_file(path: str | None) -> tuple[dict[Any, Any], list[str]]:
+    if path is None:
+        return {}, []
+    name = path if path.isprintable() else shown(path)
+    try:
+        data, duplicates = strictyaml.read(path)
+    except strictyaml.Unreadable as error:
+        raise ConfigError([f"{name}: {error}"]) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError([f"{name}: expected a mapping of settings, got {kind_of(data)}"])
+    return data, [f"{name}: {duplicate}" for duplicate in duplicates]
+
+
+def _warnings(environ: Mapping[str, str]) -> list[str]:
+    warnings = [
+        f"{variable} is ignored: {why}" for variable, why in OBSOLETE_VARIABLES.items() if environ.get(variable)
+    ]
+    for variable in environ:
+        if variable.startswith(("DAEMON_", "OPENAI_")) and variable not in {*ENVIRONMENT, *OBSOLETE_VARIABLES}:
+            near = difflib.get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.85)
+            warnings += [f"{variable} is ignored: did you mean {name}?" for name in near]
+    return warnings
+
+
+def _check(settings: Settings, walk: Walk) -> None:
+    """The faults that no key has by itself, and those that only the system knows of."""
+    server = settings.server
+    _check_backend(settings, "default_backend", settings.default_backend, walk)
+    paths: dict[str, str] = {}
+    _check_socket("server.socket_path", server.socket_path, paths, walk)
+    for key in ("user", "group", "socket_group", "allow_users", "allow_groups"):
+        _check_principals(f"server.{key}", getattr(server, key), walk)
+    for index, listener in enumerate(settings.listeners):
+        _check_listener(f"listeners[{index}]", listener, settings, paths, walk)
+    for name, backend in settings.backends.items():
+        if isinstance(backend, HttpBackend):
+            _check_http(f"backends.{name}", backend, walk)
+    try:
+        parse_address(settings.metrics.listen_addr)
+    except ValueError as error:
+        walk.fault("metrics.listen_addr", f"expected {error}, got {shown(settings.metrics.listen_addr)}")
+
+
+def _check_listener(
+    key: str, listener: ListenerSettings, settings: Settings, paths: dict[str, str], walk: Walk
+) -> None:
+    if listener.path is not None:
+        _check_socket(f"{key}.path", listener.path, paths, walk)
+    for name in ("group", "allow_users", "allow_groups"):
+        _check_principals(f"{key}.{name}", getattr(listener, name), walk)
+    if listener.protocol not in AVAILABLE_PROTOCOLS:
+        walk.fault(f"{key}.protocol", f"{listener.protocol} is not available in this version")
+    for name in UNAVAILABLE_LISTENER_KEYS:
+        if getattr(listener, name):
+            walk.fault(f"{key}.{name}", f"{name} is not available in this version")
+    if listener.data is not None and listener.protocol != "fdpass":
+        walk.fault(f"{key}.data", "only a listener with protocol fdpass has data of its own")
+    if listener.backend is not None:
+        _check_backend(settings, f"{key}.backend", listener.backend, walk)
+
+
+def _check_backend(settings: Settings, key: str, name: str, walk: Walk) -> None:
+    backend = settings.backends.get(name)
+    if backend is not None and backend.provider not in AVAILABLE_PROVIDERS:
+        which = name if name == backend.provider else f"{backend.provider} (the provider of {name})"
+        walk.fault(key, f"{which} is not available in this version")
+    elif backend is None and name not in walk.broken_backends:
+        walk.fault(key, f"expected one of {', '.join(settings.backends)}; got {shown(name)}")
+
+
+def _check_socket(key: str, path: str, paths: dict[str, str], walk: Walk) -> None:
+    if "\0" in path:
+        walk.fault(key, f"expected a path, got {shown(path)}")
+    elif (length := len(os.fsencode(path))) > MAX_SOCKET_PATH_BYTES:
+        walk.fault(key, f"a Unix socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, this has {length}")
+    elif (other := paths.setdefault(os.path.abspath(path), key)) != key:
+        walk.fault(key, f"{other} is the same path")
+
+
+def _check_principals(key: str, value: str | int | tuple[str | int, ...] | None, walk: Walk) -> None:
+    database, look_up = ("user", pwd.getpwnam) if "user" in key else ("group", grp.getgrnam)
+    for index, name in enumerate(value if isinstance(value, tuple) else (value,)):
+        if not isinstance(name, str):
+            continue  # a number need not have a name
+        try:
+            look_up(name)
+        except (KeyError, ValueError):
+            here = f"{key}[{index}]" if isinstance(value, tuple) else key
+            walk.fault(here, f"there is no {database} {shown(name)}")
+
+
+def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:
+    try:
+        url = urlsplit(backend.api_base)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a port that is none, a bracket that does not close
+        good = False
+    if not good or "@" in url.netloc or url.query or url.fragment:
+        # Not quoted: people put keys into URLs.
+        walk.fault(
+            f"{key}.api_base", "expected a URL such as https://api.openai.com/v1, without user, query or fragment"
+        )
+    if backend.api_socket is not None:
+        _check_socket(f"{key}.api_socket", backend.api_socket, {}, walk)
+    if backend.api_key and backend.api_key_file and f"{key}.api_key" not in walk.sources:
+        walk.fault(f"{key}.api_key", "there is an api_key_file too; write one of them")

@@ -1,0 +1,240 @@
+"""Which worker gets this handoff; the queue; when to refuse.
+
+A handoff goes to the ready worker with the fewest active streams (ties rotate), past those whose channel is full and those
+whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full, waits too
+long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a client, by one
+send that cannot block, and only to a client to whom nothing has been said.
+"""
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from logging import Logger
+from typing import Final
+
+from forkd.board import Board, State
+from forkd.channel import PAYLOAD_IN_MEMFD, Assignment, Down, end_body, send_down
+from forkd.ledger import InFlight, Ledger, Verdict
+from forkd.metrics import Metrics
+from forkd.peer import Life, Peer
+from forkd.reasons import REASONS
+from forkd.settings import Server
+
+_BODY: Final = b'{"error":"%b","code":"%b","request_id":""}'
+_FULL: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+
+
+def refusal(code: str) -> bytes:
+    """The whole 503 for a code."""
+    body = _BODY % (REASONS[code].text.encode(), code.encode())
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
+        b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+class Dispatcher:
+    """Gives clients to workers. `peers` is the supervisor's list; `watch_full` asks for a call of `writable`."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        board: Board,
+        metrics: Metrics,
+        log: Logger,
+        server: Server,
+        watch_full: Callable[[Peer], None],
+    ) -> None:
+        self._ledger = ledger
+        self._board = board
+        self._metrics = metrics
+        self._log = log
+        self._queue_size = server.queue_size
+        self._queue_timeout = server.queue_timeout_secs
+        self._watch_full = watch_full
+        self._queue: deque[InFlight] = deque()
+        self._turn = 0
+        self.peers: list[Peer] = []
+
+    @property
+    def queued(self) -> int:
+        """How many clients wait for a worker."""
+        return len(self._queue)
+
+    def receive(
+        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
+    ) -> None:
+        """A handoff arrived. Takes over `fd` and `data_fd` (-1: none). With `code` the client is only to be told."""
+        metrics = self._metrics
+        metrics.count("daemon_connections_total")
+        metrics.count("daemon_handoffs_total")
+        entry = self._ledger.admit(fd, data_fd, payload, flags, listener, now)
+        if entry is None:
+            self._refuse(fd, "no_capacity")
+            os.close(fd)
+            if data_fd >= 0:
+                os.close(data_fd)
+            return
+        if code:
+            metrics.handoff_failed(code)
+            entry.verdict = Verdict(State.GIVEN, code)
+        if self._queue or not self._give(entry):
+            self._enqueue(entry)
+
+    def finished(self, peer: Peer, slot: int, attempt: int) -> None:
+        """A worker is done with a slot; ignored when the slot is not its own any more."""
+        entry = self._owned(peer, slot, attempt)
+        if entry is not None:
+            peer.active -= 1
+            self._ledger.release(entry)
+
+    def returned(self, peer: Peer, slot: int, attempt: int) -> None:
+        """A worker had no fd to receive this client with: it is full until one of its streams ends."""
+        entry = self._owned(peer, slot, attempt)
+        if entry is None:
+            return
+        peer.active -= 1
+        entry.peer = None
+        if entry.fd < 0:  # no ledger: nobody has this client any more
+            self._metrics.handoff_failed("out_of_fds")
+            self._ledger.release(entry)
+            return
+        peer.full = True
+        self._log.warning("worker %d is out of file descriptors", peer.index)
+        if not self._give(entry):
+            self._enqueue(entry)
+
+    def writable(self, peer: Peer) -> None:
+        """There is room again in a channel, or a fd in a worker."""
+        peer.full = False
+        self.pump()
+
+    def pump(self) -> None:
+        """Give what waits to whoever can take it."""
+        while self._queue and self._give(self._queue[0]):
+            self._queue.popleft()
+
+    def expire(self, now: float) -> None:
+        """Refuse what has waited too long; called each tick."""
+        while self._queue and now - self._queue[0].waits_since >= self._queue_timeout:
+            self._give_up(self._queue.popleft(), "queue_timeout")
+
+    def give_up_all(self, code: str) -> None:
+        """Refuse all that waits."""
+        while self._queue:
+            self._give_up(self._queue.popleft(), code)
+
+    def recover(self, peer: Peer, now: float) -> dict[str, int]:
+        """Decide about every client of a dead worker, and count the decisions."""
+        outcomes: dict[str, int] = {}
+        killer = peer.row.current - 1
+        for entry in self._ledger.orphans(peer):
+            outcome = self._ledger.judge(entry, killer=entry.slot == killer)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            if outcome == "closed":
+                self._hang_up(entry.fd)
+                self._ledger.release(entry)
+            else:
+                entry.waits_since = now
+                self._queue.append(entry)
+        for outcome, count in outcomes.items():
+            self._metrics.count("forkd_streams_recovered_total", outcome, count)
+        self.pump()
+        return outcomes
+
+    def _owned(self, peer: Peer, slot: int, attempt: int) -> InFlight | None:
+        entry = self._ledger.get(slot)
+        return entry if entry is not None and entry.peer is peer and entry.attempt == attempt else None
+
+    def _choose(self) -> Peer | None:
+        peers = self.peers
+        count = len(peers)
+        best: Peer | None = None
+        for step in range(count):
+            peer = peers[(self._turn + step) % count]
+            if (
+                peer.life is Life.READY
+                and not peer.full
+                and not peer.late
+                and (best is None or peer.active < best.active)
+            ):
+                best = peer
+        self._turn += 1
+        return best
+
+    def _give(self, entry: InFlight) -> bool:
+        """Send a client to a worker; False when none can take it now."""
+        while (peer := self._choose()) is not None:
+            verdict = entry.verdict
+            entry.attempt += 1
+            if verdict is None:
+                kind, flags, body = Down.ASSIGN, entry.flags, entry.payload or b""
+            else:
+                kind, flags = Down.END, 0
+                inline = entry.payload if entry.payload and not entry.flags & PAYLOAD_IN_MEMFD else b""
+                body = end_body(verdict.state, verdict.code, inline)
+            head = Assignment(entry.slot, entry.attempt, kind, flags, entry.listener, entry.received_at)
+            fds = (entry.fd,) if verdict is not None or entry.data_fd < 0 else (entry.fd, entry.data_fd)
+            try:
+                send_down(peer.channel, head, body, fds)
+            except OSError as error:
+                peer.full = True
+                if error.errno in _FULL:
+                    self._watch_full(peer)
+                # Anything else: it is dying, and its end is on the way.
+                continue
+            peer.active += 1
+            entry.peer = peer
+            self._ledger.given(entry)
+            return True
+        return False
+
+    def _enqueue(self, entry: InFlight) -> None:
+        if len(self._queue) >= self._queue_size:
+            self._give_up(entry, "no_capacity")
+        else:
+            self._queue.append(entry)
+
+    def _give_up(self, entry: InFlight, code: str) -> None:
+        """No worker will see this client."""
+        state = self._board.states[entry.slot] if entry.verdict is None else entry.verdict.state
+        if state in (State.GIVEN, State.COMMITTED):
+            self._refuse(entry.fd, code)
+        else:
+            self._hang_up(entry.fd)
+            self._metrics.stream_failed("worker_lost")
+        self._ledger.release(entry)
+
+    def _refuse(self, fd: int, code: str) -> None:
+        """The prepared 503; `fd` stays the caller's."""
+        self._metrics.count("daemon_connections_rejected_total")
+        self._metrics.handoff_failed(code)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:  # no socket at all
+            return
+        try:
+            sock.send(refusal(code), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        finally:
+            sock.detach()
+
+    @staticmethod
+    def _hang_up(fd: int) -> None:
+        """End in order a client that nothing more can be said to; `fd` stays the caller's."""
+        if fd < 0:
+            return
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            return
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        finally:
+            sock.detach()

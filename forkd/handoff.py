@@ -1,0 +1,169 @@
+"""The wire between Apache and forkd: one message, its payload, and the file descriptors that travel with it.
+
+One handoff is one message: at least one byte of payload and the client's fd in SCM_RIGHTS (unix(7)). The payload is
+
+* one NUL byte: no data;
+* SOH (0x01), a flag byte, one line of JSON, LF, then the data verbatim: an *envelope*;
+* anything else: the data itself.
+
+When the envelope's flag `DATA_IN_MEMFD` is set the data is not behind the LF but in the message's second fd, a memfd
+sealed against writing and shrinking, so that nobody can change it, or cut it short under our mapping, after the check.
+
+fd ownership: `receive` returns fds that the caller owns from then on; `send_handoff` only borrows. Whatever a message
+carries beyond two fds never reaches us: the kernel drops what does not fit the room given to it.
+
+No policy and no loop here: who may send, how much, and what a refusal means are decided elsewhere.
+"""
+
+import array
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+SOH: Final = 0x01
+DATA_IN_MEMFD: Final = 0x01
+CLIENT_UNDER_TLS: Final = 0x02
+CLIENT_RELAYED: Final = 0x04
+
+NO_DATA: Final = b"\0"
+MAX_INLINE_BYTES: Final = 65536
+"""Data longer than this travels in a memfd: a message takes 212,960 bytes at most with default buffers."""
+MAX_MESSAGE_BYTES: Final = 262144
+"""Room for one received message; more than the kernel lets a sender with default buffers send."""
+
+_ANCILLARY_ROOM: Final = socket.CMSG_SPACE(2 * array.array("i").itemsize)
+_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
+
+
+class BadEnvelope(ValueError):
+    """The payload begins like an envelope and is none."""
+
+
+class BadDataFd(ValueError):
+    """The second fd is no memfd sealed against writing and shrinking."""
+
+
+class DataTooLarge(ValueError):
+    """The data exceeds `max_data_bytes`."""
+
+
+class NotAClient(ValueError):
+    """The fd is no connected stream socket of AF_INET, AF_INET6 or AF_UNIX."""
+
+
+class Message(NamedTuple):
+    """What one recvmsg(2) returned. The receiver owns `fds`."""
+
+    payload: bytes
+    fds: tuple[int, ...]
+    truncated: bool
+    """The message was longer than the room for it (MSG_TRUNC)."""
+    fds_truncated: bool
+    """More fds were sent than arrived (MSG_CTRUNC): three were sent, or this process has no fd left."""
+
+
+def receive(sock: socket.socket, room: bytearray) -> Message | None:
+    """Read one message into `room` (scratch memory, at least MAX_MESSAGE_BYTES) and return it; None at end of file.
+
+    Raises BlockingIOError when there is none, OSError otherwise. `socket.recv_fds` is not used because it ignores its
+    flags, and without MSG_CMSG_CLOEXEC a program started meanwhile would inherit the client.
+    """
+    length, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_ROOM, socket.MSG_CMSG_CLOEXEC)
+    if not length and not ancillary:
+        return None
+    fds: tuple[int, ...] = ()
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            fds += tuple(numbers)
+    return Message(
+        bytes(memoryview(room)[:length]), fds, bool(flags & socket.MSG_TRUNC), bool(flags & socket.MSG_CTRUNC)
+    )
+
+
+def expects_data_fd(payload: bytes, *, envelopes: bool) -> bool:
+    """Whether a second fd belongs to this payload: all that must be known of it before it is parsed."""
+    return envelopes and len(payload) > 1 and payload[0] == SOH and bool(payload[1] & DATA_IN_MEMFD)
+
+
+def split_envelope(payload: bytes) -> tuple[int, bytes, bytes]:
+    """Take an envelope apart: its flags, its line of JSON, and the data behind it. Raises BadEnvelope."""
+    end = payload.find(b"\n", 2)
+    if end < 0:
+        raise BadEnvelope("no end of line after the JSON")
+    return payload[1], payload[2:end], payload[end + 1 :]
+
+
+def encode_envelope(envelope: dict[str, Any], data: bytes, *, data_in_memfd: bool = False) -> bytes:
+    """The payload that carries `envelope` and `data`; with `data_in_memfd`, `data` is left out and only announced."""
+    head = bytes((SOH, DATA_IN_MEMFD if data_in_memfd else 0)) + msgspec.json.encode(envelope) + b"\n"
+    return head if data_in_memfd else head + data
+
+
+def sealed_memfd(data: bytes) -> int:
+    """A memfd that holds `data`, sealed for good. The caller owns it."""
+    fd = os.memfd_create("handoff-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_sealed_memfd(fd: int, max_bytes: int) -> bytes:
+    """The whole content of a sealed memfd; `fd` stays the caller's.
+
+    Raises BadDataFd when it is anything else (a pipe would block, an unsealed file could change under us), and
+    DataTooLarge.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise BadDataFd("not a memfd") from error
+    if seals & _SEALS != _SEALS:
+        raise BadDataFd("not sealed against writing and shrinking")
+    size = os.fstat(fd).st_size
+    if size > max_bytes:
+        raise DataTooLarge(f"{size} bytes, the limit is {max_bytes}")
+    data = os.pread(fd, size, 0)
+    if len(data) != size:
+        raise BadDataFd("shorter than it says")
+    return data
+
+
+def send_handoff(sock: socket.socket, payload: bytes, fds: Sequence[int]) -> None:
+    """Send one handoff as one message. The fds stay the caller's, who must close them: the receiver has its own now."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([payload], rights, socket.MSG_NOSIGNAL)
+
+
+def check_client(fd: int) -> tuple[int, str]:
+    """The address family and the peer's address ("" for AF_UNIX) of a client's fd, which stays the caller's.
+
+    Raises NotAClient for everything that is not a connected stream socket of a family HTTP clients come by.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise NotAClient("not a socket")
+    sock = socket.socket(fileno=fd)
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise NotAClient(f"socket type {sock.type}")
+        if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            raise NotAClient(f"address family {sock.family}")
+        try:
+            peer = sock.getpeername()
+        except OSError as error:
+            raise NotAClient("not connected") from error
+        return sock.family, "" if sock.family == socket.AF_UNIX else peer[0]
+    finally:
+        sock.detach()

@@ -1,0 +1,335 @@
+"""From a listener's backlog to whole handoffs: the senders' connections, their patience and ours.
+
+A sender connects, sends one message (SEQPACKET; perhaps more, later) or bytes up to the end of file (STREAM), and closes. Nearly
+always all of it is there when we accept, so a connection is read at once and only those that keep us waiting are
+watched. Silent ones are dropped after `handoff_timeout_secs`, and the oldest of them at once when there are more than
+`max_pending_handoffs`: a real sender writes right after connecting, so the oldest silent one is the least likely to.
+
+Closing without loss: whatever lies unread in a socket when it is closed is lost without its sender knowing. So a
+connection is first made to refuse (SHUT_RD: the sender's next send fails with EPIPE and it can act), then read empty, then
+closed; and a listener likewise. A STREAM sender cannot be cut like that, because our own SHUT_RD looks like its end of
+file: it gets its time.
+
+fds: a Sender owns its connection and what it has received so far; `deliver` takes over the fds of a whole handoff.
+"""
+
+import errno
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from logging import Logger
+from typing import Final, Protocol
+
+from forkd import handoff
+from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD
+from forkd.listener import Listener
+from forkd.metrics import Metrics
+from forkd.settings import Server
+
+ACCEPTS_PER_TURN: Final = 64
+ENVELOPE_MAX_BYTES: Final = 131072
+
+
+class Deliver(Protocol):
+    """Where whole handoffs go (see `dispatcher.Dispatcher.receive`)."""
+
+    def __call__(
+        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
+    ) -> None: ...
+
+
+class OutOfFds(Exception):
+    """accept(2) found no room for another fd."""
+
+
+class Sender:
+    """One connection from Apache."""
+
+    __slots__ = ("_bytes", "_chunks", "_fds", "_intake", "_silence", "listener", "served", "since", "sock", "watched")
+
+    def __init__(self, intake: "Intake", listener: Listener, sock: socket.socket, now: float) -> None:
+        self._intake = intake
+        self.listener = listener
+        self.sock = sock
+        self.since = now
+        self.served = False
+        """It has handed over at least once, and may be idle now."""
+        self.watched = False
+        self._chunks: list[bytes] = []
+        self._bytes = 0
+        self._fds: tuple[int, ...] = ()
+        self._silence = "no_payload"
+
+    def on_ready(self, _mask: int = 0) -> None:
+        """Read what is there; close at the end of file or on an error."""
+        intake = self._intake
+        try:
+            while True:
+                message = handoff.receive(self.sock, intake.room)
+                if message is None:
+                    if self.listener.is_stream and (self._chunks or self._fds):
+                        self._complete_stream()
+                    elif not self.served:
+                        intake.metrics.handoff_failed(self._silence)
+                    break
+                if not self.listener.is_stream:
+                    self.served = True
+                    intake.accept_message(self.listener, message)
+                elif not self._gather(message):
+                    break
+        except BlockingIOError:
+            intake.keep(self)
+            return
+        except OSError as error:
+            intake.log.debug("a sender failed: %s", error)
+            intake.metrics.handoff_failed("sender_failed")
+        intake.drop(self)
+
+    def _gather(self, message: handoff.Message) -> bool:
+        """Add a piece of a STREAM handoff; False when there is too much of it."""
+        self._fds += message.fds
+        self._chunks.append(message.payload)
+        self._bytes += len(message.payload)
+        if message.fds_truncated:
+            self._finish(b"".join(self._chunks), fds_truncated=True)
+            return False
+        if self._bytes > self._intake.max_bytes:
+            self._finish(b"", truncated=True)
+            return False
+        return True
+
+    def _complete_stream(self) -> None:
+        self._finish(b"".join(self._chunks))
+
+    def _finish(self, payload: bytes, *, truncated: bool = False, fds_truncated: bool = False) -> None:
+        fds, self._fds = self._fds, ()
+        self._chunks = []
+        self.served = True
+        self._intake.accept_message(self.listener, handoff.Message(payload, fds, truncated, fds_truncated))
+
+    def refuse_rest(self, code: str) -> None:
+        """No more from this sender; what it has sent is read. Only for SEQPACKET. `code`: why, if it sent nothing."""
+        self._silence = code
+        try:
+            self.sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+        self.on_ready()
+
+    def close(self) -> None:
+        """Close the connection and whatever of a handoff was incomplete: the sender still has that client."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = ()
+        self.sock.close()
+
+
+class Intake:
+    """All listeners and all senders."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        listeners: list[Listener],
+        server: Server,
+        deliver: Deliver,
+        fds_left: Callable[[], int],
+        metrics: Metrics,
+        log: Logger,
+        clock: Callable[[], float],
+    ) -> None:
+        self.metrics = metrics
+        self.log = log
+        self.max_bytes = server.max_data_bytes + ENVELOPE_MAX_BYTES
+        self.room = bytearray(handoff.MAX_MESSAGE_BYTES)
+        self._selector = selector
+        self._listeners = listeners
+        self._deliver = deliver
+        self._fds_left = fds_left
+        self._clock = clock
+        self._max_pending = server.max_pending_handoffs
+        self._patience = server.handoff_timeout_secs
+        self._silent: dict[Sender, None] = {}
+        self._idle: set[Sender] = set()
+        self._paused = True
+        self._stopped = False
+        self._to_empty: list[Listener] = []
+        self.resume()
+
+    @property
+    def senders(self) -> int:
+        """Open connections from senders."""
+        return len(self._silent) + len(self._idle)
+
+    @property
+    def stopped(self) -> bool:
+        """`stop` was called, and nothing can come any more."""
+        return self._stopped and not self._silent and not self._to_empty
+
+    def fds(self) -> list[int]:
+        """Every fd it holds."""
+        return [listener.sock.fileno() for listener in self._listeners]
+
+    def resume(self) -> None:
+        """Accept again, if there is room."""
+        if self._paused and not self._stopped and self._fds_left() > 0:
+            self._paused = False
+            for listener in self._listeners:
+                self._selector.register(listener.sock, selectors.EVENT_READ, _Acceptor(self, listener))
+
+    def _pause(self, why: str) -> None:
+        """Accept no more until `resume`: out of fds, what waits in the backlog is safe there."""
+        if not self._paused:
+            self.log.warning("not accepting handoffs for a moment: %s", why)
+            self.metrics.handoff_failed("out_of_fds")
+            self._paused = True
+            for listener in self._listeners:
+                self._selector.unregister(listener.sock)
+
+    def accept(self, listener: Listener) -> None:
+        """Accept what waits, a bounded number, and read it."""
+        for _ in range(ACCEPTS_PER_TURN):
+            if self._fds_left() <= 0:
+                self._pause("out of file descriptors")
+                return
+            try:
+                if not self.accept_one(listener):
+                    return
+            except OutOfFds as error:
+                self._pause(str(error))
+                return
+
+    def accept_one(self, listener: Listener) -> bool:
+        """Accept one connection and read it; False when there is none. Raises OutOfFds."""
+        try:
+            # socket.accept would ask the kernel for the family, the type and the protocol, all of which we know.
+            fd, _ = listener.sock._accept()  # type: ignore[attr-defined]
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise OutOfFds(error.strerror) from error
+            return error.errno == errno.ECONNABORTED
+        sock = socket.socket(socket.AF_UNIX, listener.sock.type, 0, fd)
+        sock.setblocking(False)
+        if not listener.allows(sock):
+            self.log.warning("a sender on %s is not allowed to hand over", listener.path)
+            self.metrics.handoff_failed("sender_forbidden")
+            sock.close()
+            return True
+        Sender(self, listener, sock, self._clock()).on_ready()
+        return True
+
+    def empty_backlogs(self) -> None:
+        """After `stop`: accept what still waits; called each tick, because fds may be short."""
+        while self._to_empty and self._fds_left() > 0:
+            try:
+                while self.accept_one(self._to_empty[0]):
+                    pass
+            except OutOfFds:
+                return
+            self._to_empty.pop(0).close()
+
+    def accept_message(self, listener: Listener, message: handoff.Message) -> None:
+        """One whole handoff, of which only the number of fds is judged here."""
+        now = self._clock()
+        payload, fds = message.payload, message.fds
+        data_follows = handoff.expects_data_fd(payload, envelopes=listener.settings.envelope)
+        expected = 2 if data_follows else 1
+        code = ""
+        if not fds:
+            code = "out_of_fds" if message.fds_truncated else "no_fd"
+            self.log.warning("a handoff on %s lost its client: %s", listener.path, code)
+            self.metrics.handoff_failed(code)
+            return
+        if len(fds) != expected:
+            code = "out_of_fds" if message.fds_truncated and len(fds) < expected else "bad_handoff"
+        elif message.fds_truncated:
+            code = "bad_handoff"
+        elif message.truncated:
+            code = "payload_too_large"
+        elif not payload:
+            code = "bad_handoff"
+        for fd in fds[expected:] if not code else fds[1:]:
+            os.close(fd)
+        data_fd = fds[1] if data_follows and not code else -1
+        flags = DATA_FD if data_fd >= 0 else 0
+        if len(payload) > handoff.MAX_INLINE_BYTES and not code:
+            if data_fd >= 0:  # an envelope of over 64 KB beside its data: nobody's response headers
+                os.close(data_fd)
+                data_fd, flags, code = -1, 0, "bad_handoff"
+            else:
+                try:
+                    data_fd, flags = handoff.sealed_memfd(payload), PAYLOAD_IN_MEMFD
+                except OSError:
+                    code = "out_of_fds"
+            payload = b""
+        self._deliver(fds[0], data_fd, b"" if code else payload, flags, listener.index, now, code)
+
+    def keep(self, sender: Sender) -> None:
+        """Watch a sender that has no more for now."""
+        if sender.served and not sender.listener.is_stream:
+            self._silent.pop(sender, None)
+            self._idle.add(sender)
+        elif sender not in self._silent:
+            if len(self._silent) >= self._max_pending:
+                self._evict(next(iter(self._silent)), "sender_evicted")
+            self._silent[sender] = None
+        if not sender.watched:
+            sender.watched = True
+            self._selector.register(sender.sock, selectors.EVENT_READ, sender)
+
+    def drop(self, sender: Sender) -> None:
+        """Done with a sender."""
+        self._silent.pop(sender, None)
+        self._idle.discard(sender)
+        if sender.watched:
+            sender.watched = False
+            self._selector.unregister(sender.sock)
+        sender.close()
+
+    def _evict(self, sender: Sender, code: str) -> None:
+        """Drop a silent sender, but take what it may have sent this instant."""
+        if sender.listener.is_stream:
+            self.metrics.handoff_failed(code)
+            self.drop(sender)
+            return
+        sender.refuse_rest(code)
+
+    def expire(self, now: float) -> None:
+        """Drop senders that were silent for too long; called each tick."""
+        while self._silent:
+            oldest = next(iter(self._silent))
+            if now - oldest.since < self._patience:
+                return
+            self._evict(oldest, "sender_timeout")
+
+    def stop(self) -> None:
+        """Refuse new connections and close what there is without losing a handoff. STREAM senders get their time."""
+        if self._stopped:
+            return
+        if not self._paused:
+            for listener in self._listeners:
+                self._selector.unregister(listener.sock)
+        self._stopped = self._paused = True
+        for listener in self._listeners:
+            listener.refuse_connections()
+        self._to_empty = list(self._listeners)
+        self.empty_backlogs()
+        for sender in [*self._idle, *self._silent]:
+            if not sender.listener.is_stream:
+                sender.refuse_rest("shutdown")
+
+
+class _Acceptor:
+    """What the selector calls for a listener."""
+
+    __slots__ = ("_intake", "_listener")
+
+    def __init__(self, intake: Intake, listener: Listener) -> None:
+        self._intake = intake
+        self._listener = listener
+
+    def on_ready(self, _mask: int = 0) -> None:
+        self._intake.accept(self._listener)

@@ -1,0 +1,181 @@
+"""Logs that never block: lines go to a sink which drops and counts what it cannot write at once.
+
+Two kinds of lines. *Records* are Python's `logging`, for all that happens now and then; each is written at once. *Access
+lines*, one per finished stream, are formatted by hand (a logging record costs more than the stream's own bookkeeping) and
+leave in batches, once per loop turn. Both look alike, as text (`pretty`) or as one JSON object per line (`json`).
+
+A process that writes to a full pipe sleeps until somebody reads it. O_NONBLOCK belongs to the open file description,
+which we share with whoever started us, so the sink opens a description of its own through /proc/self/fd where the
+kernel allows that (pipes, terminals), and sends with MSG_DONTWAIT where it does not (sockets).
+"""
+
+import json
+import logging
+import os
+import re
+import select
+import socket
+import stat
+import sys
+import time
+from typing import Final
+
+_ATOMIC_BYTES: Final = 4096
+"""A non-blocking write of so much to a pipe is all or nothing (PIPE_BUF, pipe(7)), so no line is ever cut."""
+_PLAIN = re.compile(r"[\w.:@/+\[\]-]{1,200}")
+
+
+class Sink:
+    """Where lines go: a file that it opened and can reopen, or the process's stderr."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self.dropped = 0
+        self._lines: list[str] = []
+        self._socket: socket.socket | None = None
+        self._poll: select.poll | None = None
+        self.fd = -1
+        self._open()
+
+    def _open(self) -> None:
+        if self.path is not None:
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+            return
+        mode = os.fstat(2).st_mode
+        self.fd = 2
+        if stat.S_ISREG(mode):
+            return
+        if stat.S_ISSOCK(mode):
+            self._socket = socket.socket(fileno=os.dup(2))
+            self.fd = self._socket.fileno()
+            return
+        try:
+            self.fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:  # not ours to open: look before each write, the best that is left
+            self._poll = select.poll()
+            self._poll.register(2, select.POLLOUT)
+
+    def reopen(self) -> None:
+        """Open the file again by its name, after logrotate(8) moved it away. Raises OSError and keeps the old one."""
+        if self.path is not None:
+            old = self.fd
+            self._open()
+            os.close(old)
+
+    def put(self, line: str) -> None:
+        """Keep a line for the next `flush`."""
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        """Write what was kept, in chunks of whole lines; drop and count what does not go."""
+        if not self._lines:
+            return
+        lines, self._lines = self._lines, []
+        chunk, size, count = bytearray(), 0, 0
+        for line in lines:
+            data = line.encode("utf-8", "backslashreplace")[: _ATOMIC_BYTES - 1] + b"\n"
+            if size + len(data) > _ATOMIC_BYTES:
+                self._write(bytes(chunk), count)
+                chunk, size, count = bytearray(), 0, 0
+            chunk += data
+            size += len(data)
+            count += 1
+        self._write(bytes(chunk), count)
+
+    def _write(self, chunk: bytes, lines: int) -> None:
+        try:
+            if self._socket is not None:
+                self._socket.send(chunk, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            elif self._poll is not None and not self._poll.poll(0):
+                self.dropped += lines
+            else:
+                os.write(self.fd, chunk)
+        except OSError:  # full pipe, full disk, reader gone
+            self.dropped += lines
+
+
+class Formatter(logging.Formatter):
+    """Renders records, and access lines, as text or as JSON. `process` names who writes: `master`, `worker 2`."""
+
+    def __init__(self, style: str, process: str) -> None:
+        super().__init__()
+        self.json = style == "json"
+        self.process = process
+        self._second = -1
+        self._stamp = ""
+
+    def stamp(self, now: float) -> str:
+        """Wall-clock time `now` as RFC 3339 in UTC with milliseconds."""
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._stamp}.{int((now - second) * 1000):03d}Z"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for a record; a stack, if there is one, follows on lines of its own (within the JSON string)."""
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        stamp = self.stamp(record.created)
+        if self.json:
+            return json.dumps({"ts": stamp, "level": record.levelname, "process": self.process, "message": message})
+        return f"{stamp} {record.levelname:<7} {self.process}: {message}"
+
+    def access(self, now: float, fields: dict[str, object]) -> str:
+        """One line for a finished stream."""
+        stamp = self.stamp(now)
+        if self.json:
+            return json.dumps({"ts": stamp, "level": "ACCESS", "process": self.process, **fields})
+        pairs = " ".join([f"{name}={quoted(value)}" for name, value in fields.items()])
+        return f"{stamp} ACCESS  {self.process}: {pairs}"
+
+
+def quoted(value: object) -> str:
+    """A value as it stands in a log line: quoted if it could be taken for something else. Never more than one line."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text[:200])
+
+
+class Handler(logging.Handler):
+    """Puts records into a sink, at once."""
+
+    def __init__(self, sink: Sink, formatter: Formatter) -> None:
+        super().__init__()
+        self.sink = sink
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; what cannot be rendered is reported by logging's own error path."""
+        try:
+            self.sink.put(self.format(record))
+            self.sink.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class Logs:
+    """What a process needs to write its logs: a logger, and access lines if they are wanted."""
+
+    def __init__(self, sink: Sink, level: str, style: str, *, access: bool) -> None:
+        self.sink = sink
+        self.wants_access = access
+        self._style = style
+        self._formatter = Formatter(style, "master")
+        self.logger = logging.getLogger("forkd")
+        self.logger.handlers[:] = [Handler(sink, self._formatter)]
+        self.logger.propagate = False
+        self.logger.setLevel({"trace": "DEBUG", "warn": "WARNING"}.get(level, level.upper()))
+        logging.raiseExceptions = sys.stderr is not None and level == "debug"
+
+    def rename(self, process: str) -> None:
+        """Say who writes from now on, after a fork."""
+        self._formatter.process = process
+
+    def access(self, now: float, fields: dict[str, object]) -> None:
+        """Keep one access line for the next flush. `now` is wall-clock time in seconds."""
+        self.sink.put(self._formatter.access(now, fields))

@@ -1,0 +1,269 @@
+"""The master: the loop that ties listeners, ledger, dispatcher and supervisor together, and the signals.
+
+It stays small on purpose, because nothing takes over when it crashes: it parses no JSON, runs no backend and never
+blocks. Its life is RUNNING, then DRAINING (TERM or INT: nothing new is accepted, streams finish), then over. A second TERM or
+INT, or the end of `shutdown_timeout_secs`, ends the streams that are left with `code: shutdown`; QUIT does so at once.
+"""
+
+import os
+import selectors
+import shutil
+import signal
+import tempfile
+import time
+from enum import Enum
+from typing import Final
+
+from forkd import process
+from forkd.board import Board
+from forkd.dispatcher import Dispatcher
+from forkd.intake import Intake
+from forkd.ledger import Ledger
+from forkd.listener import Listener
+from forkd.logs import Logs
+from forkd.metrics import Metrics
+from forkd.settings import Settings, worker_count
+from forkd.supervisor import TICK_SECS, Run, Supervisor
+
+END_GRACE_SECS: Final = 3.0
+"""From STOP to SIGKILL: what a worker may take to tell its clients."""
+FDS_PER_WORKER: Final = 4
+FDS_BASE: Final = 48
+
+_HANDLED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+_IGNORED: Final = (signal.SIGPIPE, signal.SIGUSR2)
+
+
+class Stage(Enum):
+    """Where the master is in its life."""
+
+    RUNNING = "running"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+class Master:
+    """The master process. `name` is what its title says it serves: the configuration's path, or the socket's."""
+
+    def __init__(self, settings: Settings, logs: Logs, run: Run, name: str, *, benchmark: bool = False) -> None:
+        """Binds the listeners, then drops privileges. Raises ListenError or OSError."""
+        self._benchmark = benchmark
+        self._settings = settings
+        self._logs = logs
+        self._log = logs.logger
+        self._name = name
+        server = settings.server
+        workers = worker_count(settings)
+        self._limit, capacity = self._measure_room(workers)
+        self._listeners: list[Listener] = []
+        try:
+            for index, own in enumerate(settings.all_listeners()):
+                self._listeners.append(Listener(index, own))
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            raise
+        process.drop_privileges(server.user, server.group)
+        self._metrics_dir = self._make_metrics_dir()
+        self._metrics = Metrics(self._metrics_dir, "master")
+        self._selector = selectors.DefaultSelector()
+        self._board = Board(capacity)
+        self._ledger = Ledger(self._board, capacity, keep=server.ledger)
+        self._signals = process.Signals(_HANDLED, _IGNORED)
+        self._supervisor = Supervisor(
+            self._selector, self._board, settings, logs, self._metrics, self._metrics_dir, run
+        )
+        self._dispatcher = Dispatcher(
+            self._ledger, self._board, self._metrics, self._log, server, self._supervisor.watch_full
+        )
+        self._dispatcher.peers = self._supervisor.peers
+        self._supervisor.dispatcher = self._dispatcher
+        self._supervisor.wanted = workers
+        self._title = process.Title()
+        self._stage = Stage.RUNNING
+        self._deadline = 0.0
+        self._second = 0.0
+        self._intake: Intake | None = None
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        self._selector.register(self._signals.wakeup_fd, selectors.EVENT_READ, self)
+        self._log.info(
+            "forkd listens on %s; %d workers, room for %d streams",
+            ", ".join(listener.path for listener in self._listeners),
+            self._supervisor.wanted,
+            self._ledger.capacity,
+        )
+        now = time.monotonic()
+        self._supervisor.maintain(now)
+        self._intake = Intake(
+            self._selector,
+            self._listeners,
+            self._settings.server,
+            self._dispatcher.receive,
+            self._fds_left,
+            self._metrics,
+            self._log,
+            time.monotonic,
+        )
+        next_tick = now + TICK_SECS
+        while self._stage is Stage.RUNNING or self._supervisor.peers or not self._intake.stopped:
+            for key, mask in self._selector.select(max(0.0, next_tick - time.monotonic())):
+                key.data.on_ready(mask)
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK_SECS
+                self._tick(now)
+        return self._leave()
+
+    def on_ready(self, _mask: int) -> None:
+        """Signals came."""
+        for number in self._signals.take():
+            if number in (signal.SIGTERM, signal.SIGINT):
+                if self._stage is Stage.RUNNING:
+                    self._drain(number)
+                else:
+                    self._stop()
+            elif number == signal.SIGQUIT:
+                self._drain(number)
+                self._stop()
+            elif number == signal.SIGHUP:
+                self._log.info("%d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
+            elif number == signal.SIGUSR1:
+                self._reopen_logs()
+            elif number in (signal.SIGTTIN, signal.SIGTTOU):
+                if self._stage is Stage.RUNNING:
+                    self._supervisor.resize(1 if number == signal.SIGTTIN else -1, time.monotonic())
+
+    def _measure_room(self, workers: int) -> tuple[int, int]:
+        """The fds this process may have, and the streams that fit into them (RLIMIT_NOFILE less a reserve)."""
+        server = self._settings.server
+        reserve = FDS_BASE + FDS_PER_WORKER * workers + server.max_pending_handoffs
+        limit = process.raise_open_files_limit(server.max_connections + reserve)
+        reserve = min(reserve, limit // 2)
+        capacity = min(server.max_connections, limit - reserve) if server.ledger else server.max_connections
+        if capacity < server.max_connections:
+            self._log.warning(
+                "max_connections is %d instead of %d: the limit of open files is %d, and %d are kept in reserve; raise "
+                "LimitNOFILE",
+                capacity,
+                server.max_connections,
+                limit,
+                reserve,
+            )
+        return limit, capacity
+
+    def _fds_left(self) -> int:
+        """How many more connections may be accepted, so that every one of them can still bring its client."""
+        assert self._intake is not None or not self._ledger.count
+        senders = self._intake.senders if self._intake is not None else 0
+        kept = self._ledger.count if self._settings.server.ledger else self._dispatcher.queued
+        return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * self._supervisor.wanted - senders - kept) // 3
+
+    def _make_metrics_dir(self) -> str | None:
+        """A directory of this master's own, wiped at its start."""
+        if not self._settings.metrics.enabled:
+            return None
+        base = self._settings.metrics.dir
+        if base is None:
+            return tempfile.mkdtemp(prefix="forkd-metrics-")
+        own = os.path.join(base, f"master-{os.getpid()}")
+        shutil.rmtree(own, ignore_errors=True)
+        os.makedirs(own)
+        return own
+
+    def _tick(self, now: float) -> None:
+        intake = self._intake
+        assert intake is not None
+        self._supervisor.tick()
+        self._supervisor.maintain(now)
+        intake.expire(now)
+        intake.resume()
+        self._dispatcher.expire(now)
+        if self._stage is not Stage.RUNNING:
+            intake.empty_backlogs()
+            if intake.stopped:
+                self._supervisor.drain()
+            if now >= self._deadline:
+                if self._stage is Stage.STOPPING:
+                    self._dispatcher.give_up_all("shutdown")
+                    self._supervisor.kill()
+                else:
+                    self._log.warning("%d streams did not finish in time: ending them", self._ledger.count)
+                    self._stop()
+        if now >= self._second:
+            self._second = now + 1
+            self._each_second(now)
+
+    def _each_second(self, now: float) -> None:
+        dropped = self._ledger.sweep()
+        if dropped:
+            self._log.warning("%d payloads forgotten: too many bytes wait for their streams to begin", dropped)
+        metrics = self._metrics
+        metrics.gauge("daemon_active_connections", self._ledger.count)
+        metrics.gauge("daemon_active_streams", self._ledger.count - self._dispatcher.queued)
+        metrics.gauge("daemon_peak_streams", self._ledger.peak)
+        metrics.flush()
+        workers = len(self._supervisor.peers)
+        stage = "" if self._stage is Stage.RUNNING else f" {self._stage.value}"
+        self._title.show(f"forkd: master [{self._name}]{stage} workers={workers} streams={self._ledger.count}", now)
+        self._logs.sink.flush()
+
+    def _drain(self, number: signal.Signals) -> None:
+        if self._stage is not Stage.RUNNING:
+            return
+        assert self._intake is not None
+        timeout = self._settings.server.shutdown_timeout_secs
+        self._log.info("%s: finishing %d streams, for up to %.0f s", number.name, self._ledger.count, timeout)
+        self._stage = Stage.DRAINING
+        self._deadline = time.monotonic() + timeout
+        self._intake.stop()
+        if self._intake.stopped:
+            self._supervisor.drain()
+
+    def _stop(self) -> None:
+        if self._stage is Stage.STOPPING:
+            return
+        self._stage = Stage.STOPPING
+        self._deadline = time.monotonic() + END_GRACE_SECS
+        self._dispatcher.give_up_all("shutdown")
+        self._supervisor.stop()
+
+    def _reopen_logs(self) -> None:
+        try:
+            self._logs.sink.reopen()
+        except OSError as error:
+            self._log.error("cannot reopen %s: %s", self._logs.sink.path, error.strerror)
+        self._supervisor.signal_all(signal.SIGUSR1)
+
+    def _leave(self) -> int:
+        self._dispatcher.give_up_all("shutdown")
+        self._supervisor.close()
+        self._metrics.flush()
+        if self._metrics_dir is not None:
+            shutil.rmtree(self._metrics_dir, ignore_errors=True)
+        if self._benchmark:
+            self._print_summary()
+        self._log.info("forkd stopped")
+        self._logs.sink.flush()
+        return 0
+
+    def _print_summary(self) -> None:
+        """The reference's summary, on standard output."""
+        started, completed, failed, sent = self._supervisor.totals
+        print("=== Benchmark Summary ===")
+        print(f"Peak concurrent streams: {self._ledger.peak}")
+        print(f"Total started: {started}")
+        print(f"Total completed: {completed}")
+        print(f"Total failed: {failed}")
+        print(f"Total bytes sent: {sent}")
+        print("=========================", flush=True)

@@ -1,0 +1,139 @@
+"""Every metric's definition, and how a process counts.
+
+Counting is local: a dict in this process, added to once per stream or less. `flush`, about once a second, adds what has
+gathered to prometheus_client's multiprocess files, which whoever serves the metrics reads together. So a scrape lags
+by a second at most, and a stream costs no lock and no mmap.
+
+A file is keyed by who writes it ("master", "worker-3"), not by pid: a successor with the same index goes on where the
+last one stopped, so counters never fall and restarts add no files. Two live processes must never share a key.
+
+Names, types, labels and buckets of `daemon_*` are the reference's; `forkd_*` is new.
+"""
+
+import os
+from bisect import bisect_left
+from collections import defaultdict
+from typing import Any, Final, Literal, NamedTuple
+
+from forkd.reasons import REASONS
+
+
+class Spec(NamedTuple):
+    """One metric. `first_bucket` is a histogram's smallest bound, in seconds; 14 more follow, each twice the last."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    label: str = ""
+    first_bucket: float = 0.0
+
+
+BUCKETS: Final = 15
+
+SPECS: Final[dict[str, Spec]] = {
+    "daemon_active_connections": Spec("gauge", "Clients handed over and not yet done"),
+    "daemon_connections_total": Spec("counter", "Handoffs received"),
+    "daemon_connections_rejected_total": Spec("counter", "Handoffs refused for want of room"),
+    "daemon_active_streams": Spec("gauge", "Streams that a worker has"),
+    "daemon_peak_streams": Spec("gauge", "The most streams at once since the start"),
+    "daemon_bytes_sent_total": Spec("counter", "Bytes sent to clients"),
+    "daemon_chunks_sent_total": Spec("counter", "Chunks of text sent to clients"),
+    "daemon_stream_errors_total": Spec("counter", "Streams that failed", "reason"),
+    "daemon_stream_duration_seconds": Spec("histogram", "From handoff to end", "", 0.01),
+    "daemon_handoffs_total": Spec("counter", "Handoffs received whole"),
+    "daemon_handoff_errors_total": Spec("counter", "Handoffs that could not become a stream", "reason"),
+    "daemon_handoff_duration_seconds": Spec("histogram", "From receipt to the worker", "", 0.0001),
+    "daemon_backend_requests_total": Spec("counter", "Streams given to a backend", "backend"),
+    "daemon_backend_errors_total": Spec("counter", "Streams that a backend failed", "backend"),
+    "daemon_backend_duration_seconds": Spec("histogram", "From a backend's start to its end", "backend", 0.01),
+    "daemon_backend_ttfb_seconds": Spec("histogram", "From a backend's start to its first text", "backend", 0.001),
+    "forkd_stream_errors_total": Spec("counter", "Streams that failed, by code", "code"),
+    "forkd_handoff_errors_total": Spec("counter", "Handoffs that could not become a stream, by code", "code"),
+    "forkd_streams_recovered_total": Spec("counter", "Streams of dead workers, by what became of them", "outcome"),
+    "forkd_worker_deaths_total": Spec("counter", "Workers that died unasked"),
+    "forkd_handoff_warnings_total": Spec("counter", "Handoffs answered with defaults, by what was wrong", "code"),
+    "forkd_response_headers_refused_total": Spec("counter", "Application response headers that could not pass"),
+    "forkd_log_lines_dropped_total": Spec("counter", "Log lines dropped because they could not be written at once"),
+}
+_BOUNDS: Final = {
+    name: [spec.first_bucket * 2**power for power in range(BUCKETS)]
+    for name, spec in SPECS.items()
+    if spec.kind == "histogram"
+}
+
+
+class Metrics:
+    """This process's counts. With `directory` None they are kept and never written (`--benchmark`)."""
+
+    def __init__(self, directory: str | None, key: str) -> None:
+        self._counts: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._observed: dict[tuple[str, str], list[float]] = {}
+        self._files = _open(directory, key) if directory is not None else None
+
+    def count(self, name: str, label: str = "", amount: float = 1) -> None:
+        """Add to a counter."""
+        self._counts[name, label] += amount
+
+    def observe(self, name: str, secs: float, label: str = "") -> None:
+        """Add a value to a histogram."""
+        cells = self._observed.get((name, label))
+        if cells is None:
+            cells = self._observed[name, label] = [0.0] * (BUCKETS + 2)
+        cells[bisect_left(_BOUNDS[name], secs)] += 1
+        cells[-1] += secs
+
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge, at once. Only the master has gauges."""
+        if self._files is not None:
+            self._files[name].set(value)
+
+    def stream_failed(self, code: str) -> None:
+        """Count a failed stream under its code and under the reference's reason."""
+        self.count("forkd_stream_errors_total", code)
+        self.count("daemon_stream_errors_total", REASONS[code].metric)
+
+    def handoff_failed(self, code: str) -> None:
+        """Count a handoff that could not become a stream under its code and under the reference's reason."""
+        self.count("forkd_handoff_errors_total", code)
+        self.count("daemon_handoff_errors_total", REASONS[code].metric)
+
+    def flush(self) -> None:
+        """Add what has gathered since the last time to the files."""
+        if self._files is None:
+            return
+        for (name, label), amount in self._counts.items():
+            metric = self._files[name]
+            (metric.labels(label) if label else metric).inc(amount)
+        self._counts.clear()
+        for (name, label), cells in self._observed.items():
+            metric = self._files[name]
+            child = metric.labels(label) if label else metric
+            # prometheus_client can observe one value at a time only; these are the cells that its observe() adds to.
+            for bucket, amount in zip(child._buckets, cells, strict=False):
+                if amount:
+                    bucket.inc(amount)
+            child._sum.inc(cells[-1])
+        self._observed.clear()
+
+
+def _open(directory: str, key: str) -> dict[str, Any]:
+    """prometheus_client's metrics over files in `directory` named after `key`.
+
+    The library chooses its kind of value when it is imported, by an environment variable, and names files by pid; both
+    are set here instead, for this process and this set of metrics.
+    """
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values  # noqa: PLC0415
+
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    values.ValueClass = values.MultiProcessValue(lambda: key)  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    made: dict[str, Any] = {}
+    for name, spec in SPECS.items():
+        labels = (spec.label,) if spec.label else ()
+        if spec.kind == "counter":
+            made[name] = Counter(name, spec.help, labels, registry=registry)
+        elif spec.kind == "gauge":
+            if key == "master":
+                made[name] = Gauge(name, spec.help, labels, registry=registry, multiprocess_mode="mostrecent")
+        else:
+            made[name] = Histogram(name, spec.help, labels, registry=registry, buckets=_BOUNDS[name])
+    return made

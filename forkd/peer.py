@@ -1,0 +1,72 @@
+"""A worker as the master sees it."""
+
+import socket
+from enum import Enum
+
+from forkd.board import Row
+from forkd.channel import Assignment, Down, send_down
+
+_NO_BODY = b"\0"
+
+
+class Life(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    """It gets no more handoffs, and exits after its last stream."""
+    DEAD = "dead"
+
+
+class Peer:
+    """One worker. The master owns `channel` and `pidfd` until it has reaped the process."""
+
+    __slots__ = (
+        "active",
+        "channel",
+        "full",
+        "generation",
+        "index",
+        "killed_at_tick",
+        "late",
+        "life",
+        "pid",
+        "pidfd",
+        "row",
+        "seen_beat",
+        "silent_ticks",
+        "told",
+    )
+
+    def __init__(self, index: int, generation: int, pid: int, pidfd: int, channel: socket.socket, row: Row) -> None:
+        self.index = index
+        self.generation = generation
+        self.pid = pid
+        self.pidfd = pidfd
+        self.channel = channel
+        self.row = row
+        self.life = Life.STARTING
+        self.active = 0
+        """Streams that the master gave it and has not heard the end of."""
+        self.full = False
+        """Its channel takes no more just now, or it has no fds left."""
+        self.late = False
+        self.seen_beat = 0
+        self.silent_ticks = 0
+        self.killed_at_tick = 0
+        self.told: Down | None = None
+
+    def tell(self, kind: Down) -> None:
+        """Send DRAIN or STOP once. A full channel is tried again by whoever calls this each tick."""
+        if self.told is not None and self.told >= kind:
+            return
+        try:
+            send_down(self.channel, Assignment(0, 0, kind, 0, 0, 0.0), _NO_BODY, ())
+        except BlockingIOError:
+            return
+        except OSError:  # dying; its end is on the way
+            pass
+        self.told = kind
+        if self.life is not Life.DEAD:
+            self.life = Life.DRAINING

@@ -1,0 +1,149 @@
+"""What a process does to itself: limits, user, title, signals, and the cleaning after a fork."""
+
+import fcntl
+import grp
+import os
+import pwd
+import resource
+import signal
+from collections import deque
+from collections.abc import Iterable
+from types import FrameType
+from typing import Final
+
+import setproctitle
+
+TITLE_INTERVAL_SECS: Final = 1.0
+
+
+def raise_open_files_limit(wanted: int) -> int:
+    """Raise RLIMIT_NOFILE towards `wanted` as far as allowed and return the limit in force (getrlimit(2)).
+
+    Root may raise the hard limit too; others only the soft one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        for limits in ((wanted, max(hard, wanted)), (min(wanted, hard), hard)):
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                break
+            except (ValueError, OSError):
+                continue
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def drop_privileges(user: str | int | None, group: str | int | None) -> None:
+    """Become `user` and `group` (names or numbers) for good, with that user's supplementary groups.
+
+    Does nothing unless started as root. Raises KeyError for a name that does not exist, OSError if it is not allowed.
+    """
+    if os.geteuid() != 0 or (user is None and group is None):
+        return
+    gid = None
+    if group is not None:
+        gid = group if isinstance(group, int) else grp.getgrnam(group).gr_gid
+    if user is None:
+        assert gid is not None
+        os.setgroups([gid])
+        os.setgid(gid)
+        return
+    try:
+        entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
+    except KeyError:
+        if not isinstance(user, int) or gid is None:
+            raise
+        os.setgroups([gid])
+        os.setgid(gid)
+        os.setuid(user)
+        return
+    gid = entry.pw_gid if gid is None else gid
+    os.initgroups(entry.pw_name, gid)
+    os.setgid(gid)
+    os.setuid(entry.pw_uid)
+
+
+def forbid_core_dumps() -> None:
+    """No core files: prompts and keys are in memory."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every fd from 3 on that is not in `keep`: after a fork, all that is the master's and not ours.
+
+    Python objects that wrap the closed fds must never be finalised in this process, or they would close whoever got
+    the number next. They are not: the child runs inside the frames that hold them and leaves by os._exit.
+    """
+    low = 3
+    for fd in sorted(fd for fd in set(keep) if fd >= low):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 2**31 - 1)
+
+
+class Title:
+    """The process's title in ps(1), set at most once a second however often it changes."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+        self._due = 0.0
+
+    def show(self, text: str, now: float) -> None:
+        """Show `text` unless the last change was under a second ago. `now` is monotonic time in seconds."""
+        if now >= self._due and text != self._shown:
+            setproctitle.setproctitle(text)
+            self._shown = text
+            self._due = now + TITLE_INTERVAL_SECS
+
+
+class Signals:
+    """Signals as a queue that wakes a loop: a handler does nothing else.
+
+    `wakeup_fd` becomes readable when one came (signal.set_wakeup_fd: the C handler writes to it even while Python is
+    busy). The names come out of `take`, in order. The pipe may overflow in a storm; the queue does not.
+    """
+
+    def __init__(self, handled: Iterable[signal.Signals], ignored: Iterable[signal.Signals]) -> None:
+        self.wakeup_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._queue: deque[signal.Signals] = deque()
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        for number in handled:
+            signal.signal(number, self._note)
+            signal.siginterrupt(number, False)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._queue.append(signal.Signals(number))
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """Both ends, for those who close everything else."""
+        return self.wakeup_fd, self._write_fd
+
+    def take(self) -> list[signal.Signals]:
+        """Empty the pipe, then the queue (in this order, so that a signal between the two wakes us again)."""
+        try:
+            while len(os.read(self.wakeup_fd, 4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+        taken = []
+        while self._queue:
+            taken.append(self._queue.popleft())
+        return taken
+
+
+def block_signals() -> set[signal.Signals]:
+    """Block every signal, for the moment around a fork; returns what was blocked before, for `restore_signals`."""
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))  # type: ignore[arg-type]
+
+
+def restore_signals(before: set[signal.Signals]) -> None:
+    """Undo `block_signals`."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def set_cloexec(fd: int) -> None:
+    """Close `fd` when this process becomes another program."""
+    fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)

@@ -1,0 +1,60 @@
+"""The one table of error codes: what the client, the metrics and the log say of the same failure.
+
+A code is what a client reads in `{"code": …}` and an operator in `forkd_*{code=…}` and in the access log. Its `metric`
+is the reference's closed set of five, which `daemon_*_errors_total{reason}` must keep to. A status is what the client
+gets if nothing has been sent to it yet; after that the same code travels in `event: error`.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Metric(StrEnum):
+    """The `reason` label of the reference's error counters; a closed set."""
+
+    CLIENT_DISCONNECTED = "client_disconnected"
+    TIMEOUT = "timeout"
+    CANCELED = "canceled"
+    NETWORK = "network"
+    OTHER = "other"
+
+
+class Reason(NamedTuple):
+    """One way to fail. `status` is the HTTP status, 0 where no client can be told; `text` is what the client reads."""
+
+    code: str
+    status: int
+    metric: Metric
+    text: str
+
+
+_TABLE = (
+    # A handoff that cannot become a stream. Without a usable client there is nobody to tell: status 0.
+    Reason("no_fd", 0, Metric.OTHER, "The handoff carried no file descriptor"),
+    Reason("no_payload", 0, Metric.OTHER, "The handoff carried no payload"),
+    Reason("bad_client_fd", 0, Metric.OTHER, "The file descriptor is no connected stream socket"),
+    Reason("sender_timeout", 0, Metric.TIMEOUT, "The sender connected and sent nothing"),
+    Reason("sender_evicted", 0, Metric.OTHER, "Too many senders were silent at once"),
+    Reason("sender_forbidden", 0, Metric.OTHER, "The sender is not in allow_users or allow_groups"),
+    Reason("sender_failed", 0, Metric.NETWORK, "Reading from the sender failed"),
+    Reason("out_of_fds", 503, Metric.OTHER, "The server is out of capacity"),
+    Reason("bad_handoff", 400, Metric.OTHER, "The handoff data is not valid"),
+    Reason("no_prompt", 400, Metric.OTHER, "The handoff data has no prompt"),
+    Reason("bad_data_fd", 400, Metric.OTHER, "The handoff's data is not in a sealed memfd"),
+    Reason("unknown_backend", 400, Metric.OTHER, "The backend named in the handoff data does not exist"),
+    Reason("payload_too_large", 413, Metric.OTHER, "The handoff data is too large"),
+    # No room.
+    Reason("no_capacity", 503, Metric.OTHER, "The server is out of capacity"),
+    Reason("queue_timeout", 503, Metric.TIMEOUT, "The server is out of capacity"),
+    Reason("shutdown", 503, Metric.CANCELED, "The server is shutting down"),
+    # The worker.
+    Reason("worker_lost", 502, Metric.OTHER, "The stream was interrupted"),
+    Reason("poison", 502, Metric.OTHER, "The request could not be processed"),
+    Reason("internal_error", 500, Metric.OTHER, "Internal error"),
+    # The client.
+    Reason("client_disconnected", 0, Metric.CLIENT_DISCONNECTED, "The client went away"),
+    Reason("write_timeout", 0, Metric.TIMEOUT, "The client stopped reading"),
+    Reason("max_duration", 504, Metric.TIMEOUT, "The stream took too long"),
+)
+
+REASONS: dict[str, Reason] = {reason.code: reason for reason in _TABLE}

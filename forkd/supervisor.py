@@ -1,0 +1,344 @@
+"""Fork, reap, heartbeat, backoff: keeping the wanted number of workers alive.
+
+A worker is born by fork from the master, which has no threads, with all signals blocked: a signal between the fork and the
+child's own handlers would run the master's. The child closes everything that is not its own (the ledger's clients, the
+listeners, the other channels) before anything else, makes its own selector and leaves by os._exit, so that no object
+of the master's is ever finalised in it.
+
+A worker's death is seen by its pidfd. Then, in this order: wait for it (now nobody else writes to the board), read its
+channel to the end (reports of finished slots may still lie there), and only then decide about its clients.
+
+A worker that was ready once is replaced at once. Deaths before that are a crash loop, and back off, doubling to 30 s.
+
+The heartbeat is judged by the master's own ticks, not by the clock: when the whole machine was frozen, nobody is late.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from forkd import channel, handoff, process
+from forkd.board import WORKERS_MAX, Board
+from forkd.boot import Boot
+from forkd.channel import Down, Up
+from forkd.dispatcher import Dispatcher
+from forkd.logs import Logs
+from forkd.metrics import Metrics
+from forkd.peer import Life, Peer
+from forkd.settings import Settings
+
+TICK_SECS: Final = 0.25
+LATE_SECS: Final = 3.0
+ABORT_GRACE_SECS: Final = 1.0
+BACKOFF_FIRST_SECS: Final = 0.25
+BACKOFF_MAX_SECS: Final = 30.0
+MESSAGES_PER_TURN: Final = 64
+
+Run = Callable[[Boot], None]
+
+
+class Supervisor:
+    """The workers. `run` is the worker's main function; it is called in the child and returns when it may exit."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        board: Board,
+        settings: Settings,
+        logs: Logs,
+        metrics: Metrics,
+        metrics_dir: str | None,
+        run: Run,
+    ) -> None:
+        self._selector = selector
+        self._board = board
+        self._settings = settings
+        self._logs = logs
+        self._log = logs.logger
+        self._metrics = metrics
+        self._metrics_dir = metrics_dir
+        self._run = run
+        self._room = bytearray(65536)
+        self._ticks = 0
+        self._failures = 0
+        self._next_birth = 0.0
+        self._draining = False
+        self._stopping = False
+        self.wanted = 0
+        self.generation = 1
+        self.dispatcher: Dispatcher
+        self.peers: list[Peer] = []
+        self.totals = [0, 0, 0, 0]
+        """Started, completed, failed, bytes sent, of all workers that are gone."""
+
+    @property
+    def ready(self) -> int:
+        """How many workers take handoffs."""
+        return sum(peer.life is Life.READY for peer in self.peers)
+
+    def maintain(self, now: float) -> None:
+        """Start what is missing; called each tick and after each death."""
+        if self._draining:
+            # During a drain a worker is wanted only where clients wait for one.
+            missing = 1 if self.dispatcher.queued and not any(p.life is not Life.DEAD for p in self.peers) else 0
+        else:
+            missing = self.wanted - sum(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
+        for _ in range(missing):
+            if now < self._next_birth:
+                return
+            try:
+                self._spawn()
+            except OSError as error:  # EAGAIN, ENOMEM, EMFILE: the machine is full, not we are broken
+                self._log.error("cannot start a worker: %s", error.strerror)
+                self._backoff(now)
+                return
+
+    def drain(self) -> None:
+        """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown."""
+        self._draining = True
+        if not self.dispatcher.queued:
+            for peer in self.peers:
+                peer.tell(Down.STOP if self._stopping else Down.DRAIN)
+
+    def stop(self) -> None:
+        """Have every worker end its streams now."""
+        self._draining = self._stopping = True
+        for peer in self.peers:
+            peer.tell(Down.STOP)
+
+    def kill(self) -> None:
+        """SIGKILL to every worker that is left."""
+        for peer in self.peers:
+            self._signal(peer, signal.SIGKILL)
+
+    def resize(self, step: int, now: float) -> None:
+        """One worker more, or one fewer (the least busy drains), but at least one."""
+        self.wanted = max(1, self.wanted + step)
+        serving = [peer for peer in self.peers if peer.life in (Life.STARTING, Life.READY)]
+        if len(serving) > self.wanted:
+            min(serving, key=lambda peer: peer.active).tell(Down.DRAIN)
+        self._log.info("%d workers wanted", self.wanted)
+        self.maintain(now)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Pass a signal on to every worker."""
+        for peer in self.peers:
+            self._signal(peer, number)
+
+    def tick(self) -> None:
+        """Judge every heartbeat; called every TICK_SECS of the master's own life."""
+        self._ticks += 1
+        for peer in self.peers:
+            beat = peer.row.beat
+            if beat != peer.seen_beat:
+                peer.seen_beat = beat
+                peer.silent_ticks = 0
+                if peer.late:
+                    peer.late = False
+                    self.dispatcher.pump()
+                continue
+            peer.silent_ticks += 1
+            silent = peer.silent_ticks * TICK_SECS
+            peer.late = silent >= LATE_SECS
+            if peer.killed_at_tick:
+                if (self._ticks - peer.killed_at_tick) * TICK_SECS >= ABORT_GRACE_SECS:
+                    self._signal(peer, signal.SIGKILL)
+            elif silent >= self._settings.workers.timeout_secs:
+                self._log.error("worker %d (pid %d) is silent for %.0f s: ending it", peer.index, peer.pid, silent)
+                peer.killed_at_tick = self._ticks
+                self._signal(peer, signal.SIGABRT)  # faulthandler writes all stacks to the log
+
+    def close(self) -> None:
+        """Give back the fds of workers that are still there; for a master that leaves."""
+        for peer in self.peers:
+            peer.channel.close()
+            os.close(peer.pidfd)
+
+    def _spawn(self) -> None:
+        index = self._free_index()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        row = self._board.row(index)
+        row.clear()
+        before = process.block_signals()
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._child(index, theirs)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            process.restore_signals(before)
+            theirs.close()
+        peer = Peer(index, self.generation, pid, os.pidfd_open(pid), ours, row)
+        self.peers.append(peer)
+        self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))
+        self._selector.register(ours, selectors.EVENT_READ, _OnChannel(self, peer))
+        self._log.debug("worker %d started (pid %d)", index, pid)
+
+    def _child(self, index: int, theirs: socket.socket) -> None:
+        """Become a worker. Never returns."""
+        code = 1
+        try:
+            process.close_all_but([theirs.fileno(), self._logs.sink.fd])
+            self._run(Boot(index, self.generation, theirs, self._board, self._settings, self._logs, self._metrics_dir))
+            code = 0
+        except BaseException:
+            self._log.exception("worker %d broke", index)
+        finally:
+            self._logs.sink.flush()
+            os._exit(code)
+
+    def _free_index(self) -> int:
+        used = {peer.index for peer in self.peers}
+        return next(index for index in range(1, WORKERS_MAX) if index not in used)
+
+    def watch_full(self, peer: Peer) -> None:
+        """Call the dispatcher when this worker's channel takes messages again."""
+        self._selector.modify(
+            peer.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._selector.get_key(peer.channel).data
+        )
+
+    def on_channel(self, peer: Peer, mask: int) -> None:
+        """A channel is readable or writable."""
+        if peer.life is Life.DEAD:
+            return
+        if mask & selectors.EVENT_WRITE:
+            self._selector.modify(peer.channel, selectors.EVENT_READ, self._selector.get_key(peer.channel).data)
+            self.dispatcher.writable(peer)
+        if mask & selectors.EVENT_READ and not self._hear(peer, MESSAGES_PER_TURN):
+            # The worker closed its end: its death is on the way, and the pidfd tells it.
+            self._selector.unregister(peer.channel)
+            peer.full = True
+
+    def _hear(self, peer: Peer, messages: int) -> bool:
+        """Take in up to so many messages; False at the end of file."""
+        for _ in range(messages):
+            try:
+                message = handoff.receive(peer.channel, self._room)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if message is None:
+                return False
+            for fd in message.fds:  # none is ever sent this way
+                os.close(fd)
+            self._obey(peer, message.payload)
+        return True
+
+    def _obey(self, peer: Peer, message: bytes) -> None:
+        kind, pairs = channel.parse_up(message)
+        dispatcher = self.dispatcher
+        if kind is Up.FINISHED:
+            for slot, attempt in pairs:
+                dispatcher.finished(peer, slot, attempt)
+            if peer.full and not self._watches_write(peer):
+                peer.full = False
+            if dispatcher.queued:
+                dispatcher.pump()
+        elif kind is Up.READY:
+            if peer.life is Life.STARTING:
+                peer.life = Life.READY
+            self._failures = 0
+            self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
+            dispatcher.pump()
+        elif kind is Up.RETURNED:
+            for slot, attempt in pairs:
+                dispatcher.returned(peer, slot, attempt)
+        elif kind is Up.DRAINING:
+            self._log.info("worker %d drains: it was sent SIGTERM", peer.index)
+            peer.tell(Down.DRAIN)
+            self.maintain(time.monotonic())
+
+    def _watches_write(self, peer: Peer) -> bool:
+        try:
+            return bool(self._selector.get_key(peer.channel).events & selectors.EVENT_WRITE)
+        except KeyError:
+            return False
+
+    def on_death(self, peer: Peer) -> None:
+        """A worker's pidfd is readable."""
+        _, status = os.waitpid(peer.pid, 0)
+        was, peer.life = peer.life, Life.DEAD
+        while self._hear(peer, MESSAGES_PER_TURN) and _readable(peer.channel):
+            pass
+        self._selector.unregister(peer.pidfd)
+        os.close(peer.pidfd)
+        try:
+            self._selector.unregister(peer.channel)
+        except KeyError:
+            pass
+        peer.channel.close()
+        self.peers.remove(peer)
+        self.totals = [sum(pair) for pair in zip(self.totals, peer.row.totals, strict=True)]
+        now = time.monotonic()
+        outcomes = self.dispatcher.recover(peer, now)
+        code = os.waitstatus_to_exitcode(status)
+        asked = was is Life.DRAINING and code == 0
+        if not asked:
+            self._metrics.count("forkd_worker_deaths_total")
+            what = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none in flight"
+            self._log.error("worker %d (pid %d) %s; streams: %s", peer.index, peer.pid, _how(code), what)
+        if was is Life.STARTING:
+            self._backoff(now)
+        self.maintain(now)
+
+    def _backoff(self, now: float) -> None:
+        delay = min(BACKOFF_FIRST_SECS * 2**self._failures, BACKOFF_MAX_SECS)
+        self._failures = min(self._failures + 1, 16)
+        self._next_birth = now + delay
+
+    @staticmethod
+    def _signal(peer: Peer, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(peer.pidfd, number)
+        except ProcessLookupError:
+            pass
+
+
+class _OnDeath:
+    """What the selector calls for a pidfd."""
+
+    __slots__ = ("_peer", "_supervisor")
+
+    def __init__(self, supervisor: Supervisor, peer: Peer) -> None:
+        self._supervisor = supervisor
+        self._peer = peer
+
+    def on_ready(self, _mask: int) -> None:
+        self._supervisor.on_death(self._peer)
+
+
+class _OnChannel:
+    """What the selector calls for a channel."""
+
+    __slots__ = ("_peer", "_supervisor")
+
+    def __init__(self, supervisor: Supervisor, peer: Peer) -> None:
+        self._supervisor = supervisor
+        self._peer = peer
+
+    def on_ready(self, mask: int) -> None:
+        self._supervisor.on_channel(self._peer, mask)
+
+
+def _readable(sock: socket.socket) -> bool:
+    """Whether a message lies in a channel."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
+def _how(code: int) -> str:
+    """An exit code in words."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with status {code}"

@@ -1,0 +1,1 @@
+"""The workers: each streams answers to thousands of clients from one selectors loop."""

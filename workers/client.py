@@ -1,0 +1,202 @@
+"""The client's socket: write, backpressure, disconnect, end.
+
+Theory of operation. A Client owns its fd from its making until `closed`, which is called exactly once, and tells its
+owner four things: `client_drained` (all that was held back is written), `client_gone` (it disconnected, or broke),
+`client_closed` (the fd is closed; nothing more will come). Its life:
+
+    OPEN      written to at once; what the kernel does not take is held, and then everything behind it is, in order
+    ENDING    `end` was called with bytes held: as OPEN, and when they are written on to LINGERING
+    LINGERING SHUT_WR is done (other copies of the fd, in the master, would otherwise withhold the FIN); what the client
+              still sends is read and discarded until it closes its side or the time is up, because closing a socket
+              with unread input sends an RST that can destroy what the client has not read yet
+    CLOSED
+
+A client that reads nothing is noticed by its owner (`stalled_secs`), one that vanished by TCP_USER_TIMEOUT. An end of
+file from the client is a disconnect, also when it closed one half only: no browser does that to a stream it still
+reads. What a client sends is discarded, DISCARD_BYTES in all; then nobody reads it any more, so that a client which sends
+for ever is held up by its own window and costs nothing.
+
+The fd is unregistered before it is closed: with a duplicate open in the master, closing alone would leave it in epoll.
+"""
+
+import os
+import socket
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Final, Protocol
+
+from forkd.board import State
+from workers.context import Context
+
+DISCARD_BYTES: Final = 65536
+_READ_BYTES: Final = 8192
+
+
+class Owner(Protocol):
+    """Who is told about a client."""
+
+    def client_drained(self) -> None: ...
+    def client_gone(self, code: str) -> None: ...
+    def client_closed(self) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
+class Client:
+    """One client's socket. All methods may be called at any time; after `fd` is -1 they do nothing."""
+
+    __slots__ = ("_context", "_discarded", "_ending", "_events", "_owner", "fd", "held", "progress_at", "sent", "slot")
+
+    def __init__(self, context: Context, owner: Owner, fd: int, slot: int) -> None:
+        self._context = context
+        self._owner = owner
+        self.fd = fd
+        self.slot = slot
+        self.held: bytearray | None = None
+        self.sent = 0
+        self.progress_at = context.loop.now
+        self._discarded = 0
+        self._ending = False
+        self._events = EVENT_READ
+        os.set_blocking(fd, False)
+        context.loop.selector.register(fd, EVENT_READ, self)
+
+    def write(self, data: bytes) -> None:
+        """Send whole events (or a head), now if the kernel takes them, else as soon as it does."""
+        if self.held is not None:
+            self.held += data
+            return
+        fd = self.fd
+        if fd < 0:
+            return
+        try:
+            sent = os.write(fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._owner.client_gone("client_disconnected")
+            return
+        self.progress_at = self._context.loop.now
+        self.sent += sent
+        if sent != len(data):
+            self.held = bytearray(memoryview(data)[sent:])
+            if sent and self._context.states[self.slot] == State.OPEN:
+                self._context.states[self.slot] = State.PARTIAL
+            self._watch()
+
+    def stalled_secs(self, now: float) -> float:
+        """For how long the client has taken nothing of what is held for it; 0 when nothing is."""
+        return now - self.progress_at if self.held is not None else 0.0
+
+    def end(self) -> None:
+        """All has been said: close in order, once what is held is written."""
+        if self.held is not None:
+            self._ending = True
+        elif self.fd >= 0:
+            self._linger()
+
+    def abort(self) -> None:
+        """Close now. What is held is lost."""
+        fd = self.fd
+        if fd < 0:
+            return
+        self._context.states[self.slot] = State.ENDED
+        self.held = None
+        if self._events:
+            self._context.loop.selector.unregister(fd)
+        self.fd = -1
+        os.close(fd)
+        self._owner.client_closed()
+
+    def on_ready(self, mask: int) -> None:
+        """Called by the loop."""
+        if self.fd < 0:
+            return
+        context = self._context
+        context.words[context.current] = self.slot + 1
+        if mask & EVENT_WRITE:
+            self._flush()
+        if mask & EVENT_READ and self.fd >= 0:
+            self._discard()
+
+    def crashed(self, error: Exception) -> None:
+        """Called by the loop."""
+        self._owner.crashed(error)
+
+    @property
+    def lingering(self) -> bool:
+        """SHUT_WR is done."""
+        return self.fd >= 0 and self._context.states[self.slot] == State.ENDED
+
+    def _flush(self) -> None:
+        held = self.held
+        if held is None:
+            return
+        try:
+            sent = os.write(self.fd, held)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._owner.client_gone("client_disconnected")
+            return
+        self.sent += sent
+        self.progress_at = self._context.loop.now
+        if sent != len(held):
+            if self._context.states[self.slot] == State.OPEN:
+                self._context.states[self.slot] = State.PARTIAL
+            del held[:sent]
+            return
+        self.held = None
+        if self._ending:
+            self._watch()
+            self._linger()
+            return
+        self._watch()
+        self._owner.client_drained()
+
+    def _discard(self) -> None:
+        try:
+            data = os.read(self.fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            if self.lingering:
+                self.abort()
+            else:
+                self._owner.client_gone("client_disconnected")
+            return
+        self._discarded += len(data)
+        if self._discarded > DISCARD_BYTES:
+            self._watch()
+
+    def _linger(self) -> None:
+        context = self._context
+        # Stored after the last byte is written and before the act: between the two a death is told as an error after
+        # the end, which harms nobody; the other way round the client would wait for an end that nobody sends.
+        context.states[self.slot] = State.ENDED
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=self.fd)  # os has no shutdown
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.abort()
+            return
+        finally:
+            sock.detach()
+        if self._discarded > DISCARD_BYTES:
+            self.abort()
+        else:
+            context.loop.after(context.timings.linger_ticks, self.abort)
+
+    def _watch(self) -> None:
+        """Tell the selector what is waited for now."""
+        events = (EVENT_READ if self._discarded <= DISCARD_BYTES else 0) | (EVENT_WRITE if self.held is not None else 0)
+        selector = self._context.loop.selector
+        if events == self._events:
+            return
+        if not events:
+            selector.unregister(self.fd)
+        elif not self._events:
+            selector.register(self.fd, events, self)
+        else:
+            selector.modify(self.fd, events, self)
+        self._events = events

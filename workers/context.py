@@ -1,0 +1,64 @@
+"""What all streams of one worker share."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from forkd.logs import Logs
+from forkd.metrics import Metrics
+from forkd.settings import Settings
+from workers.backends.base import Backend
+from workers.loop import Loop, to_ticks
+from workers.request import RequestIds
+
+if TYPE_CHECKING:
+    from workers.stream import Stream
+
+
+@dataclass(slots=True)
+class Timings:
+    """The deadlines of every stream of this worker, in seconds; 0 where there is none."""
+
+    write_timeout: float
+    heartbeat: float
+    max_duration: float
+    linger_ticks: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Timings":
+        server = settings.server
+        return cls(
+            server.write_timeout_secs,
+            server.heartbeat_secs,
+            server.max_stream_duration_secs,
+            to_ticks(server.linger_secs),
+        )
+
+
+@dataclass(slots=True)
+class Context:
+    """One worker's shared things, held by each stream by one reference.
+
+    states, words, current: the board's cells; `words[current] = slot + 1` says which slot is being handled.
+    finished: (slot, attempt) pairs for the master, sent once per loop turn.
+    completed, failed, sent_bytes: over this worker's life.
+    streams: those whose client is not closed yet, each of which is a slot that this worker holds.
+    """
+
+    index: int
+    loop: Loop
+    states: memoryview
+    words: memoryview
+    current: int
+    settings: Settings
+    timings: Timings
+    backends: dict[str, Backend]
+    logs: Logs
+    log: logging.Logger
+    metrics: Metrics
+    request_ids: RequestIds
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    completed: int = 0
+    failed: int = 0
+    sent_bytes: int = 0
+    streams: "set[Stream]" = field(default_factory=set)

@@ -1,0 +1,212 @@
+"""A worker's life: boot, take clients in, stream, drain, go.
+
+It hears from the master by the channel alone, tells it what is done once per loop turn, and shows on the board that it
+lives. It goes when it was told to (DRAIN, SIGTERM, or the master is gone) and its last client is closed; STOP ends the
+clients first. Signals that a terminal sends to the whole group are the master's business and ignored here.
+"""
+
+import faulthandler
+import gc
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from forkd import channel, handoff, process
+from forkd.boot import Boot
+from forkd.channel import Down, Up
+from forkd.metrics import Metrics
+from workers.backends import registry
+from workers.context import Context, Timings
+from workers.loop import Loop, to_ticks
+from workers.reception import Reception
+from workers.request import RequestIds
+
+MESSAGES_PER_TURN: Final = 64
+PAIRS_PER_MESSAGE: Final = 4096
+HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
+
+_HANDLED: Final = (signal.SIGTERM, signal.SIGUSR1)
+_IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE)
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, boot: Boot, signals: process.Signals) -> None:
+        self._boot = boot
+        self._channel = boot.channel
+        self._signals = signals
+        self._loop = Loop()
+        words, current = boot.board.row(boot.index).cell_of_current()
+        self._row = boot.board.row(boot.index)
+        self._context = Context(
+            index=boot.index,
+            loop=self._loop,
+            states=boot.board.states,
+            words=words,
+            current=current,
+            settings=boot.settings,
+            timings=Timings.of(boot.settings),
+            backends=dict(registry.build(boot.settings)),
+            logs=boot.logs,
+            log=boot.logs.logger,
+            metrics=Metrics(boot.metrics_dir, f"worker-{boot.index}"),
+            request_ids=RequestIds(f"{os.urandom(4).hex()}-"),
+        )
+        self._reception = Reception(self._context)
+        self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
+        self._title = process.Title()
+        self._returned: list[tuple[int, int]] = []
+        self._draining = False
+        self._hears = True
+        self._speaks = True
+        self._dropped = 0
+        selector = self._loop.selector
+        selector.register(self._channel, 1, _Callback(self._on_channel))
+        selector.register(signals.wakeup_fd, 1, _Callback(self._on_signal))
+
+    def run(self) -> None:
+        """Live. Returns when it is time to exit."""
+        context = self._context
+        loop = self._loop
+        row = self._row
+        words, current = context.words, context.current
+        beat = 0
+        self._say(Up.READY)
+        self._housekeeping()
+        while not self._draining or context.streams or context.finished:
+            loop.turn()
+            words[current] = 0
+            beat += 1
+            row.store_beat(beat)
+            if context.finished:
+                self._report()
+            context.logs.sink.flush()
+        self._store_totals()
+        context.metrics.flush()
+
+    def _store_totals(self) -> None:
+        context = self._context
+        ended = context.completed + context.failed
+        live = sum(stream.live for stream in context.streams)
+        self._row.store_totals(ended + live, context.completed, context.failed, context.sent_bytes)
+
+    def _on_channel(self) -> None:
+        """Take in what the master sent, a bounded number of messages, so that streams get their turn too."""
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                message = handoff.receive(self._channel, self._room)
+            except BlockingIOError:
+                return
+            except OSError:
+                message = None
+            if message is None:  # the master is gone, or has no more to say
+                self._hears = self._speaks = False
+                self._loop.selector.unregister(self._channel)
+                self._drain()
+                return
+            self._obey(message)
+
+    def _obey(self, message: handoff.Message) -> None:
+        head, body = channel.parse_down(message.payload)
+        if head.kind in (Down.ASSIGN, Down.END):
+            if message.fds_truncated or not message.fds:
+                for fd in message.fds:
+                    os.close(fd)
+                self._returned.append((head.slot, head.attempt))
+                self._say(Up.RETURNED, self._returned)
+                self._returned = []
+            elif head.kind == Down.ASSIGN:
+                self._reception.assign(head, body, message.fds)
+            else:
+                self._reception.end(head, body, message.fds)
+        elif head.kind == Down.DRAIN:
+            self._drain()
+        elif head.kind == Down.STOP:
+            self._drain()
+            for stream in list(self._context.streams):
+                stream.fail("shutdown")
+
+    def _on_signal(self) -> None:
+        for number in self._signals.take():
+            if number == signal.SIGUSR1:
+                self._context.logs.sink.reopen()
+            elif not self._draining:
+                self._say(Up.DRAINING)
+
+    def _drain(self) -> None:
+        """Take no more; `run` ends with the last stream."""
+        self._draining = True
+
+    def _say(self, kind: Up, pairs: list[tuple[int, int]] | None = None) -> bool:
+        """Tell the master; False when the channel is full. A master that is gone need not be told."""
+        if not self._speaks:
+            return True
+        try:
+            self._channel.send(channel.pack_up(kind, pairs or ()), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._speaks = False
+        return True
+
+    def _report(self) -> None:
+        """Tell the master which slots are free: one message, or a few after a storm; what does not go waits a tick."""
+        finished = self._context.finished
+        while finished:
+            if not self._say(Up.FINISHED, finished[:PAIRS_PER_MESSAGE]):
+                self._loop.after(1, _Callback(self._nothing).on_ready)
+                return
+            del finished[:PAIRS_PER_MESSAGE]
+
+    def _nothing(self) -> None:
+        """Wakes the loop, which reports at the end of each turn."""
+
+    def _housekeeping(self) -> None:
+        """Once a second: what need not be exact."""
+        context = self._context
+        live = len(context.streams)
+        self._row.store_streams(live)
+        self._store_totals()
+        sink = context.logs.sink
+        if sink.dropped != self._dropped:
+            context.metrics.count("forkd_log_lines_dropped_total", amount=sink.dropped - self._dropped)
+            self._dropped = sink.dropped
+        context.metrics.flush()
+        boot = self._boot
+        state = " draining" if self._draining else ""
+        self._title.show(f"forkd: worker {boot.index} [gen {boot.generation}]{state} streams={live}", self._loop.now)
+        self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping).on_ready)
+
+
+class _Callback:
+    """A callback of the worker itself. One that crashes is a bug that no single stream can pay for."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_ready(self, _mask: int = 0) -> None:
+        self._function()
+
+    def crashed(self, error: Exception) -> None:
+        raise error
+
+
+def run(boot: Boot) -> None:
+    """The child's main function: everything between the fork and the exit. The master's fds are closed already."""
+    signals = process.Signals(_HANDLED, _IGNORED)
+    faulthandler.enable(file=boot.logs.sink.fd, all_threads=True)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    boot.logs.rename(f"worker {boot.index}")
+    process.restore_signals(set())
+    started = time.monotonic()
+    worker = Worker(boot, signals)
+    boot.logs.logger.debug("ready after %.0f ms", (time.monotonic() - started) * 1000)
+    worker.run()

@@ -1,0 +1,135 @@
+"""From a message of the master to a living stream: check the client, read the data, choose the backend, begin."""
+
+import os
+import socket
+
+from forkd.board import State
+from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD, Assignment, parse_end_body
+from forkd.handoff import BadDataFd, DataTooLarge, NotAClient, check_client, read_sealed_memfd
+from workers.backends.base import Backend, PacedBackend
+from workers.context import Context
+from workers.paced import PacedSource
+from workers.request import Request, parse
+from workers.stream import Stream
+
+_TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing from some builds of Python; tcp(7)
+ENVELOPE_BYTES = 131072
+"""Room for an envelope beside the data, where both are in one memfd."""
+
+
+class Reception:
+    """Takes clients in. Every method owns the fds it is given: each is closed or belongs to a stream on return."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._listeners = context.settings.all_listeners()
+        self._user_timeout_ms = int(context.settings.server.write_timeout_secs * 1000)
+        self._max_data = context.settings.server.max_data_bytes
+
+    def assign(self, head: Assignment, body: bytes, fds: tuple[int, ...]) -> None:
+        """A client that nothing has been said to."""
+        context = self._context
+        context.words[context.current] = head.slot + 1
+        remote = self._check(head, fds)
+        if remote is None:
+            return
+        code = ""
+        try:
+            if head.flags & PAYLOAD_IN_MEMFD:
+                body = read_sealed_memfd(fds[1], self._max_data + ENVELOPE_BYTES)
+            elif head.flags & DATA_FD:
+                body += read_sealed_memfd(fds[1], self._max_data)
+        except BadDataFd:
+            code = "bad_data_fd"
+        except DataTooLarge:
+            code = "payload_too_large"
+        for fd in fds[1:]:
+            os.close(fd)
+        request = parse(body, envelopes=self._listeners[head.listener].envelope)
+        if not code:
+            if request.bad_envelope:
+                code = "bad_handoff"
+            elif len(request.raw) > self._max_data:
+                code = "payload_too_large"
+        stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
+        self._warn_of_fields(stream, request)
+        context.metrics.observe("daemon_handoff_duration_seconds", context.loop.now - head.received_at)
+        backend = None if code else self._backend(request, head.listener)
+        if backend is not None:
+            code = self._judge(stream, request, backend)
+        elif not code:
+            code = "unknown_backend"
+        if code or backend is None:
+            context.metrics.handoff_failed(code)
+            stream.fail(code)
+            return
+        stream.begin(backend, _source(context, stream, backend, request))
+
+    def end(self, head: Assignment, body: bytes, fds: tuple[int, ...]) -> None:
+        """A client that somebody else could not go on with."""
+        context = self._context
+        context.words[context.current] = head.slot + 1
+        remote = self._check(head, fds[:1])
+        for fd in fds[1:]:
+            os.close(fd)
+        if remote is None:
+            return
+        state, code, payload = parse_end_body(body)
+        request = parse(payload, envelopes=self._listeners[head.listener].envelope)
+        stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
+        stream.take_up(state, code)
+        stream.checkup()
+
+    def _check(self, head: Assignment, fds: tuple[int, ...]) -> str | None:
+        """The client's address, with its socket tuned; None, with every fd closed and the slot reported, if it is none."""
+        fd = fds[0]
+        try:
+            family, remote = check_client(fd)
+            if family != socket.AF_UNIX:
+                sock = socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)
+                try:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, self._user_timeout_ms)
+                finally:
+                    sock.detach()
+            return remote
+        except (NotAClient, OSError) as error:
+            context = self._context
+            context.log.warning("a handoff's fd is no client: %s", error)
+            context.metrics.handoff_failed("bad_client_fd")
+            context.states[head.slot] = State.ENDED
+            for each in fds:
+                os.close(each)
+            context.finished.append((head.slot, head.attempt))
+            return None
+
+    def _backend(self, request: Request, listener: int) -> Backend | None:
+        settings = self._context.settings
+        name = request.data.backend or self._listeners[listener].backend or settings.default_backend
+        return self._context.backends.get(name)
+
+    def _judge(self, stream: Stream, request: Request, backend: Backend) -> str:
+        """The code to refuse the handoff with, or "" with a warning logged where defaults will do."""
+        if request.fault is not None:
+            code, fault = "bad_handoff", request.fault
+        elif request.data.prompt is None and request.data.messages is None:
+            code, fault = "no_prompt", "no prompt"
+        else:
+            return ""
+        if backend.costs_money:
+            return code
+        self._context.metrics.count("forkd_handoff_warnings_total", code)
+        self._context.log.warning("stream %s: %s; answered with defaults", stream.request_id, fault)
+        return ""
+
+    def _warn_of_fields(self, stream: Stream, request: Request) -> None:
+        if request.refused_fields:
+            context = self._context
+            context.metrics.count("forkd_response_headers_refused_total", amount=len(request.refused_fields))
+            context.log.warning("stream %s: response headers refused: %r", stream.request_id, request.refused_fields)
+
+
+def _source(context: Context, stream: Stream, backend: Backend, request: Request) -> PacedSource:
+    """The source that drives this shape of backend."""
+    assert isinstance(backend, PacedBackend)
+    return PacedSource(context, stream, backend.steps(request.data))

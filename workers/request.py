@@ -1,0 +1,132 @@
+"""What a handoff asks for: the envelope's request and the application's data, typed and checked.
+
+Whatever is wrong with the data is an answer, never an exception that travels: `parse` returns a Request whose `fault` names
+it, with everything else at its default, because backends that cost nothing answer such a handoff all the same and
+because even an error answer wants the application's response headers.
+"""
+
+import re
+from itertools import count
+from typing import Any, Final
+
+import msgspec
+
+from forkd.handoff import NO_DATA, SOH, BadEnvelope, split_envelope
+from workers import response
+
+_REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
+
+
+class HandoffData(msgspec.Struct, kw_only=True):
+    """The application's data. Unknown keys are ignored. Numbers may come as strings and an empty map as `[]`, for PHP."""
+
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    model: str | None = None
+    system: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    user_id: str | int | None = None
+    request_id: str | int | None = None
+    backend: str | None = None
+    response_headers: dict[str, Any] | list[Any] | None = None
+    attachments: dict[str, str] | list[Any] | None = None
+    test_pattern: str | None = None
+
+
+class RequestLine(msgspec.Struct, kw_only=True):
+    """The client's request as Apache saw it."""
+
+    method: str = "GET"
+    uri: str = ""
+    host: str = ""
+    remote_addr: str = ""
+    request_id: str | None = None
+    protocol: str = ""
+    headers: dict[str, str] = {}
+
+
+class Envelope(msgspec.Struct, kw_only=True):
+    """The line of JSON that the module writes before the data."""
+
+    request: RequestLine = msgspec.field(default_factory=RequestLine)
+    response_headers: list[tuple[str, str]] = []
+
+
+class Request(msgspec.Struct):
+    """One parsed handoff. `fault` is None or says what was wrong with it; `data` is the verbatim data."""
+
+    data: HandoffData
+    line: RequestLine
+    raw: bytes
+    fields: bytes
+    """The application's response fields, checked, as field lines."""
+    fault: str | None
+    refused_fields: list[str]
+    bad_envelope: bool = False
+
+
+_NO_DATA: Final = HandoffData()
+_NO_LINE: Final = RequestLine()
+_decode_data = msgspec.json.Decoder(HandoffData, strict=False).decode
+_decode_envelope = msgspec.json.Decoder(Envelope).decode
+_BROKEN: Final = (msgspec.MsgspecError, RecursionError, UnicodeError, ValueError)
+
+
+def parse(payload: bytes, *, envelopes: bool) -> Request:
+    """Parse a payload whose data is inline. `envelopes` says whether this listener takes envelopes."""
+    if envelopes and payload[:1] == bytes((SOH,)):
+        try:
+            _, line, raw = split_envelope(payload)
+            envelope = _decode_envelope(line)
+        except _BROKEN as error:
+            kind = "" if isinstance(error, BadEnvelope) else "envelope: "
+            return Request(_NO_DATA, _NO_LINE, b"", b"", f"{kind}{_said(error)}", [], True)
+    else:
+        envelope, raw = None, payload
+    fault = None
+    data = _NO_DATA
+    if raw in (b"", NO_DATA):
+        fault = "no data"
+    else:
+        try:
+            data = _decode_data(raw)
+        except _BROKEN as error:
+            fault = _said(error)
+    if envelope is None and data.response_headers is None:
+        return Request(data, _NO_LINE, raw, b"", fault, [])
+    pairs: list[Any] = list(envelope.response_headers) if envelope is not None else []
+    pairs += _pairs(data.response_headers)
+    lines, refused = response.fields(pairs)
+    return Request(data, _NO_LINE if envelope is None else envelope.request, raw, lines, fault, refused)
+
+
+def _pairs(headers: dict[str, Any] | list[Any] | None) -> list[Any]:
+    """(name, value) pairs from a map whose values may be lists, or from a list of pairs."""
+    if not headers:
+        return []
+    if isinstance(headers, list):
+        return [pair if isinstance(pair, list) else [str(pair)[:64]] for pair in headers]
+    pairs: list[Any] = []
+    for name, value in headers.items():
+        pairs += [(name, one) for one in value] if isinstance(value, list) else [(name, value)]
+    return pairs
+
+
+def _said(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+
+
+class RequestIds:
+    """Request ids: the application's if it is harmless, else Apache's, else one of ours, unique among processes."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._numbers = count(1)
+
+    def choose(self, request: Request) -> str:
+        """The id that log, client and upstream share for this request."""
+        for wanted in (request.data.request_id, request.line.request_id):
+            if wanted is not None and _REQUEST_ID.fullmatch(text := str(wanted)):
+                return text
+        return f"{self._prefix}{next(self._numbers):x}"

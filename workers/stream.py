@@ -1,0 +1,310 @@
+"""One stream: its client, what answers it, its deadlines, its outcome.
+
+Theory of operation. A stream is made for a client that arrived, is fed by a *source* (text, then done, or a failure), and
+ends once. Three questions decide what each act means, and each has one field:
+
+    status   0 until the head is written: a failure is still an HTTP status; then 200: a failure is an event
+    outcome  "" while it lives; then the code it ended with ("ok" or one of `forkd.reasons`): whatever a source still
+             says is ignored
+    client   owns the fd, and may outlive the outcome by what is held for a slow reader and by the linger
+
+What the board says of the slot is stored before each act, here and in `client`; `forkd.board` has the table.
+"""
+
+import time
+from typing import Final, Protocol
+
+from forkd.board import State
+from forkd.reasons import REASONS
+from workers import response, sse
+from workers.backends.base import Backend
+from workers.client import Client
+from workers.context import Context
+from workers.loop import TICKS_PER_SEC
+from workers.request import Request
+
+CHECKUP_TICKS: Final = 2 * TICKS_PER_SEC
+"""The longest a finished stream is kept in memory by its next checkup."""
+HIGH_WATER_BYTES: Final = 65536
+RETRY_AFTER_SECS: Final = 1
+
+
+class Source(Protocol):
+    """What feeds a stream."""
+
+    def start(self) -> None:
+        """Begin. May feed the stream at once, and may end it."""
+
+    def pause(self) -> None:
+        """The client is slow: feed nothing more, soon."""
+
+    def resume(self) -> None:
+        """The client has caught up."""
+
+    def cancel(self) -> None:
+        """Nobody listens any more: stop and free everything."""
+
+
+class Stream:
+    """One client's stream. `attempt` and `slot` name it to the master."""
+
+    __slots__ = (
+        "_client",
+        "_context",
+        "_fields",
+        "_first_at",
+        "_method",
+        "_paused",
+        "_received_at",
+        "_started_at",
+        "attempt",
+        "backend",
+        "chunks",
+        "outcome",
+        "remote",
+        "request_id",
+        "slot",
+        "source",
+        "status",
+        "user_id",
+    )
+
+    def __init__(
+        self, context: Context, fd: int, slot: int, attempt: int, remote: str, received_at: float, request: Request
+    ) -> None:
+        """Takes over `fd`. `received_at` is when the handoff reached the master (monotonic seconds)."""
+        self._context = context
+        self.slot = slot
+        self.attempt = attempt
+        self.remote = request.line.remote_addr or remote
+        self.request_id = context.request_ids.choose(request)
+        self.user_id = request.data.user_id
+        self.backend: Backend | None = None
+        self.source: Source | None = None
+        self.status = 0
+        self.outcome = ""
+        self.chunks = 0
+        self._received_at = received_at
+        self._started_at = context.loop.now
+        self._first_at = 0.0
+        self._paused = False
+        self._fields = request.fields
+        self._method = request.line.method
+        self._client = Client(context, self, fd, slot)
+        context.streams.add(self)
+
+    @property
+    def live(self) -> bool:
+        """Whether a source may still feed it."""
+        return not self.outcome
+
+    def begin(self, backend: Backend, source: Source) -> None:
+        """Let `source` feed the stream."""
+        self.backend = backend
+        self.source = source
+        self._context.loop.after(CHECKUP_TICKS, self.checkup)
+        if self._method == "HEAD":
+            self._open(b"")
+            self._finish("ok")
+            return
+        source.start()
+
+    # What a source says.
+
+    def text(self, text: str) -> None:
+        """A piece of the answer."""
+        if self.outcome:
+            return
+        self.chunks += 1
+        event = sse.content_event(text)
+        if not self.status:
+            self._open(event)
+            return
+        client = self._client
+        client.write(event)
+        if client.held is not None and len(client.held) > HIGH_WATER_BYTES and not self._paused and self.source:
+            self._paused = True
+            self.source.pause()
+
+    def done(self) -> None:
+        """The answer is complete."""
+        if self.outcome:
+            return
+        if self.status:
+            self._client.write(sse.DONE)
+        else:
+            self._open(sse.DONE)
+        self._finish("ok")
+
+    def fail(self, code: str) -> None:
+        """The answer failed: tell the client, by a status if there is still time for one, else by an event."""
+        if self.outcome:
+            return
+        reason = REASONS[code]
+        body = sse.error_body(code, reason.text, self.request_id)
+        if self.status:
+            self._client.write(sse.error_event(body))
+        else:
+            self.status = reason.status or 500
+            self._context.states[self.slot] = State.OPENING
+            retry = RETRY_AFTER_SECS if self.status == 503 else 0
+            self._client.write(response.error_response(self.status, self.request_id, self._fields, body, retry))
+        self._finish(code)
+
+    def take_up(self, state: int, code: str) -> None:
+        """End, with `code`, a client that another worker left in `state` (see `forkd.board`)."""
+        body = sse.error_body(code, REASONS[code].text, self.request_id)
+        if state in (State.GIVEN, State.COMMITTED):
+            self.fail(code)
+            return
+        self.status = 200
+        event = sse.error_event(body)
+        if state == State.OPENING:
+            self.status = REASONS[code].status or 502
+            event = response.stream_head(self.request_id, self._fields, self.status) + event
+        elif state == State.PARTIAL:
+            event = b"\n" + event
+        self._client.write(event)
+        self._finish(code)
+
+    # What the client says.
+
+    def client_drained(self) -> None:
+        """Nothing is held for the client any more."""
+        if self._context.states[self.slot] != State.ENDED:
+            self._context.states[self.slot] = State.OPEN
+        if self._paused and self.source is not None:
+            self._paused = False
+            self.source.resume()
+
+    def client_gone(self, code: str) -> None:
+        """The client cannot be spoken to: stop whatever feeds it."""
+        self._finish(code, gone=True)
+        self._client.abort()
+
+    def client_closed(self) -> None:
+        """The fd is closed: the slot is free for the master to use again."""
+        if not self.outcome:  # only a bug closes a client under a living stream; the books must still balance
+            self._finish("internal_error")
+        self._context.finished.append((self.slot, self.attempt))
+        self._context.streams.discard(self)
+
+    def crashed(self, error: Exception) -> None:
+        """A callback of ours raised: a bug. This stream pays for it, no other does."""
+        self._context.log.error("stream %s crashed", self.request_id, exc_info=error)
+        if self.outcome:
+            self._client.abort()
+        else:
+            self.fail("internal_error")
+
+    # Deadlines.
+
+    def checkup(self) -> None:
+        """Look at every slow deadline of the stream, and come again when the next one may be due."""
+        context = self._context
+        client = self._client
+        if client.fd < 0 or client.lingering:
+            return
+        context.words[context.current] = self.slot + 1
+        now = context.loop.now
+        timings = context.timings
+        stalled = client.stalled_secs(now)
+        wait = float("inf")
+        if timings.write_timeout:
+            if stalled >= timings.write_timeout:
+                self.client_gone("write_timeout")
+                return
+            if stalled:
+                wait = timings.write_timeout - stalled
+        if self.outcome:  # only waiting for a slow reader to take the end
+            self._come_again(wait)
+            return
+        if timings.max_duration:
+            left = self._received_at + timings.max_duration - now
+            if left <= 0:
+                self.fail("max_duration")
+                left = 0.0
+            wait = min(wait, left)
+        if timings.heartbeat and self.status and not stalled and not self.outcome:
+            quiet = now - client.progress_at
+            if quiet >= timings.heartbeat:
+                client.write(sse.HEARTBEAT)
+                quiet = 0.0
+            wait = min(wait, timings.heartbeat - quiet)
+        self._come_again(wait)
+
+    def _come_again(self, wait: float) -> None:
+        self._context.loop.after(int(min(wait * TICKS_PER_SEC + 1, CHECKUP_TICKS)), self.checkup)
+
+    # Inside.
+
+    def _open(self, first: bytes) -> None:
+        """Write the head, and the first event with it: one system call, one packet."""
+        context = self._context
+        self.status = 200
+        self._first_at = context.loop.now
+        head = response.stream_head(self.request_id, self._fields)
+        self._fields = b""
+        context.states[self.slot] = State.OPENING
+        client = self._client
+        client.write(head + first)
+        if client.held is None:
+            if client.fd >= 0:
+                context.states[self.slot] = State.OPEN
+        elif client.sent:
+            # Cut within the head nothing can be said that the client would understand; cut behind it, an LF helps.
+            context.states[self.slot] = State.PARTIAL if client.sent >= len(head) else State.FOREIGN
+
+    def _finish(self, code: str, *, gone: bool = False) -> None:
+        """The outcome is known: stop the source, keep the books, and end the client unless it is gone. Happens once."""
+        if self.outcome:
+            return
+        self.outcome = code
+        source, self.source = self.source, None
+        if source is not None:
+            source.cancel()
+        self._account()
+        if not gone:
+            self._client.end()
+
+    def _account(self) -> None:
+        """The access line and the metrics."""
+        context = self._context
+        now = time.monotonic()
+        metrics = context.metrics
+        code = self.outcome
+        sent = self._client.sent + (len(self._client.held) if self._client.held else 0)
+        duration = now - self._received_at
+        metrics.count("daemon_bytes_sent_total", amount=sent)
+        metrics.count("daemon_chunks_sent_total", amount=self.chunks)
+        metrics.observe("daemon_stream_duration_seconds", duration)
+        context.sent_bytes += sent
+        if code == "ok":
+            context.completed += 1
+        else:
+            context.failed += 1
+            metrics.stream_failed(code)
+        backend = self.backend.name if self.backend is not None else ""
+        if backend:
+            metrics.count("daemon_backend_requests_total", backend)
+            metrics.observe("daemon_backend_duration_seconds", now - self._started_at, backend)
+            if self._first_at:
+                metrics.observe("daemon_backend_ttfb_seconds", self._first_at - self._started_at, backend)
+        if context.logs.wants_access:
+            context.logs.access(
+                time.time(),
+                {
+                    "request_id": self.request_id,
+                    "user_id": self.user_id,
+                    "remote": self.remote,
+                    "backend": backend,
+                    "model": None,
+                    "status": self.status,
+                    "bytes": sent,
+                    "chunks": self.chunks,
+                    "ttfb_ms": int((self._first_at - self._received_at) * 1000) if self._first_at else None,
+                    "duration_ms": int(duration * 1000),
+                    "worker": context.index,
+                    "reason": code,
+                },
+            )
