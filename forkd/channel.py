@@ -21,9 +21,9 @@ A pair names the attempt because a slot is used again: a late report must not cr
 
 import socket
 import struct
-from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from socket import SocketType
 from typing import Final, NamedTuple
 
 
@@ -53,6 +53,11 @@ DATA_FD: Final = 0x02
 _HEAD: Final = struct.Struct("<IIBBHd")
 HEAD_BYTES: Final = _HEAD.size
 MAX_BODY_BYTES: Final = 65536 + 256
+_FD: Final = struct.Struct("i")
+_TWO_FDS: Final = struct.Struct("ii")
+_SOL_SOCKET: Final = int(socket.SOL_SOCKET)
+_SCM_RIGHTS: Final = int(socket.SCM_RIGHTS)
+SEND_FLAGS: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _PAIR: Final = struct.Struct("<II")
 
 
@@ -67,10 +72,10 @@ class Assignment(NamedTuple):
     received_at: float
 
 
-def send_down(sock: socket.socket, head: Assignment, body: bytes, fds: Sequence[int]) -> None:
+def send_down(sock: SocketType, head: Assignment, body: bytes, fds: Sequence[int]) -> None:
     """Send one message; the fds stay the caller's. Raises OSError: EAGAIN, ENOBUFS, ETOOMANYREFS all mean "full"."""
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    sock.sendmsg([_HEAD.pack(*head), body], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    rights = [(_SOL_SOCKET, _SCM_RIGHTS, (_FD if len(fds) == 1 else _TWO_FDS).pack(*fds))] if fds else []
+    sock.sendmsg([_HEAD.pack(*head), body], rights, SEND_FLAGS)
 
 
 def parse_down(message: bytes) -> tuple[Assignment, bytes]:

@@ -191,12 +191,14 @@ def _hint(key: str, names: Collection[str]) -> str:
         return f"forkd's name is {new}"
     if (sibling := new.rpartition(".")[2]) in names:
         return f"forkd's name is {join(section, sibling)}"
-    if near := difflib.get_close_matches(last, names, n=1):
-        return f"did you mean {join(section, near[0])}?"
     elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == last]
-    if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0):
-        return f"did you mean {near[0]}?"
-    return f"did you mean {new}?" if new else ""
+    if key in elsewhere:
+        return "this provider has no such key"
+    below = [known for known in elsewhere if section and known.startswith(f"{section}.")]
+    beside = difflib.get_close_matches(last, names, n=1) or [name for name in names if last.endswith(f"_{name}")]
+    for meant in [*below, *(join(section, name) for name in beside), *elsewhere, *filter(None, [new])]:
+        return f"did you mean {meant}?"
+    return ""
 
 
 @functools.cache

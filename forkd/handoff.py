@@ -15,12 +15,12 @@ carries beyond two fds never reaches us: the kernel drops what does not fit the 
 No policy and no loop here: who may send, how much, and what a refusal means are decided elsewhere.
 """
 
-import array
 import fcntl
 import os
 import socket
-import stat
+import struct
 from collections.abc import Sequence
+from socket import SocketType
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -36,7 +36,14 @@ MAX_INLINE_BYTES: Final = 65536
 MAX_MESSAGE_BYTES: Final = 262144
 """Room for one received message; more than the kernel lets a sender with default buffers send."""
 
-_ANCILLARY_ROOM: Final = socket.CMSG_SPACE(2 * array.array("i").itemsize)
+_CLIENT_FAMILIES: Final = (int(socket.AF_INET), int(socket.AF_INET6), int(socket.AF_UNIX))
+_ANCILLARY_ROOM: Final = socket.CMSG_SPACE(2 * struct.calcsize("i"))
+_RECEIVE_FLAGS: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_SOL_SOCKET: Final = int(socket.SOL_SOCKET)
+_SCM_RIGHTS: Final = int(socket.SCM_RIGHTS)
+_MSG_TRUNC: Final = int(socket.MSG_TRUNC)
+_MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
+_FD: Final = struct.Struct("i")
 _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
 
 
@@ -67,24 +74,20 @@ class Message(NamedTuple):
     """More fds were sent than arrived (MSG_CTRUNC): three were sent, or this process has no fd left."""
 
 
-def receive(sock: socket.socket, room: bytearray) -> Message | None:
+def receive(sock: SocketType, room: bytearray) -> Message | None:
     """Read one message into `room` (scratch memory, at least MAX_MESSAGE_BYTES) and return it; None at end of file.
 
     Raises BlockingIOError when there is none, OSError otherwise. `socket.recv_fds` is not used because it ignores its
     flags, and without MSG_CMSG_CLOEXEC a program started meanwhile would inherit the client.
     """
-    length, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_ROOM, socket.MSG_CMSG_CLOEXEC)
+    length, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_ROOM, _RECEIVE_FLAGS)
     if not length and not ancillary:
         return None
     fds: tuple[int, ...] = ()
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers = array.array("i")
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-            fds += tuple(numbers)
-    return Message(
-        bytes(memoryview(room)[:length]), fds, bool(flags & socket.MSG_TRUNC), bool(flags & socket.MSG_CTRUNC)
-    )
+        if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
+            fds += _FD.unpack(data) if len(data) == _FD.size else tuple(fd for (fd,) in _FD.iter_unpack(data))
+    return Message(bytes(memoryview(room)[:length]), fds, bool(flags & _MSG_TRUNC), bool(flags & _MSG_CTRUNC))
 
 
 def expects_data_fd(payload: bytes, *, envelopes: bool) -> bool:
@@ -143,7 +146,7 @@ def read_sealed_memfd(fd: int, max_bytes: int) -> bytes:
 
 def send_handoff(sock: socket.socket, payload: bytes, fds: Sequence[int]) -> None:
     """Send one handoff as one message. The fds stay the caller's, who must close them: the receiver has its own now."""
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     sock.sendmsg([payload], rights, socket.MSG_NOSIGNAL)
 
 
@@ -152,18 +155,20 @@ def check_client(fd: int) -> tuple[int, str]:
 
     Raises NotAClient for everything that is not a connected stream socket of a family HTTP clients come by.
     """
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        raise NotAClient("not a socket")
-    sock = socket.socket(fileno=fd)
     try:
+        sock = SocketType(fileno=fd)
+    except OSError as error:
+        raise NotAClient("not a socket") from error
+    try:
+        family = sock.family
         if sock.type != socket.SOCK_STREAM:
             raise NotAClient(f"socket type {sock.type}")
-        if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
-            raise NotAClient(f"address family {sock.family}")
+        if family not in _CLIENT_FAMILIES:
+            raise NotAClient(f"address family {family}")
         try:
             peer = sock.getpeername()
         except OSError as error:
             raise NotAClient("not connected") from error
-        return sock.family, "" if sock.family == socket.AF_UNIX else peer[0]
+        return family, "" if family == socket.AF_UNIX else peer[0]
     finally:
         sock.detach()

@@ -19,6 +19,7 @@ import selectors
 import socket
 from collections.abc import Callable
 from logging import Logger
+from socket import SocketType
 from typing import Final, Protocol
 
 from forkd import handoff
@@ -27,6 +28,7 @@ from forkd.listener import Listener
 from forkd.metrics import Metrics
 from forkd.settings import Server
 
+_AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 ENVELOPE_MAX_BYTES: Final = 131072
 
@@ -48,7 +50,7 @@ class Sender:
 
     __slots__ = ("_bytes", "_chunks", "_fds", "_intake", "_silence", "listener", "served", "since", "sock", "watched")
 
-    def __init__(self, intake: "Intake", listener: Listener, sock: socket.socket, now: float) -> None:
+    def __init__(self, intake: "Intake", listener: Listener, sock: SocketType, now: float) -> None:
         self._intake = intake
         self.listener = listener
         self.sock = sock
@@ -211,8 +213,7 @@ class Intake:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 raise OutOfFds(error.strerror) from error
             return error.errno == errno.ECONNABORTED
-        sock = socket.socket(socket.AF_UNIX, listener.sock.type, 0, fd)
-        sock.setblocking(False)
+        sock = SocketType(_AF_UNIX, listener.type, 0, fd)
         if not listener.allows(sock):
             self.log.warning("a sender on %s is not allowed to hand over", listener.path)
             self.metrics.handoff_failed("sender_forbidden")

@@ -37,6 +37,7 @@ class Listener:
         self.index = index
         self.settings = settings
         self.path = settings.path
+        self.type = int(_TYPES[settings.type])
         self.is_stream = settings.type == "stream"
         self._uids = {_user(name) for name in settings.allow_users}
         self._gids = {_group(name) for name in settings.allow_groups}
@@ -105,7 +106,7 @@ class Listener:
             raise
         return sock
 
-    def allows(self, sender: socket.socket) -> bool:
+    def allows(self, sender: socket.SocketType) -> bool:
         """Whether the process that connected may hand over (SO_PEERCRED, SO_PEERGROUPS; unix(7))."""
         if not self._uids and not self._gids:
             return True

@@ -22,6 +22,7 @@ from forkd.ledger import Ledger
 from forkd.listener import Listener
 from forkd.logs import Logs
 from forkd.metrics import Metrics
+from forkd.moderation import Moderation
 from forkd.settings import Settings, worker_count
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 
@@ -116,10 +117,14 @@ class Master:
             time.monotonic,
         )
         next_tick = now + TICK_SECS
+        moderation = Moderation()
         while self._stage is Stage.RUNNING or self._supervisor.peers or not self._intake.stopped:
-            for key, mask in self._selector.select(max(0.0, next_tick - time.monotonic())):
-                key.data.on_ready(mask)
+            moderation.pause()
+            events = self._selector.select(max(0.0, next_tick - time.monotonic()))
             now = time.monotonic()
+            moderation.woken(now)
+            for key, mask in events:
+                key.data.on_ready(mask)
             if now >= next_tick:
                 next_tick = now + TICK_SECS
                 self._tick(now)

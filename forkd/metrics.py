@@ -81,6 +81,18 @@ class Metrics:
         cells[bisect_left(_BOUNDS[name], secs)] += 1
         cells[-1] += secs
 
+    def stream_ended(self, backend: str, sent: int, chunks: int, duration: float, ttfb: float) -> None:
+        """All that is counted of every stream, in one call. `backend` may be "", and `ttfb` negative: there was none."""
+        counts = self._counts
+        counts["daemon_bytes_sent_total", ""] += sent
+        counts["daemon_chunks_sent_total", ""] += chunks
+        self.observe("daemon_stream_duration_seconds", duration)
+        if backend:
+            counts["daemon_backend_requests_total", backend] += 1
+            self.observe("daemon_backend_duration_seconds", duration, backend)
+            if ttfb >= 0:
+                self.observe("daemon_backend_ttfb_seconds", ttfb, backend)
+
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge, at once. Only the master has gauges."""
         if self._files is not None:

@@ -52,11 +52,8 @@ def read(path: str) -> tuple[Any, list[str]]:
 
 
 def _bytes_of(path: str) -> bytes:
-    # O_NONBLOCK, or the open itself would wait for a FIFO's writer.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:  # a directory is refused here
         mode = os.fstat(file.fileno()).st_mode
-        if stat.S_ISDIR(mode):
-            raise Unreadable("is a directory")
         if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
             raise Unreadable("is not a regular file")
         content = b""
@@ -65,6 +62,10 @@ def _bytes_of(path: str) -> bytes:
         if len(content) > MAX_BYTES:
             raise Unreadable(f"is larger than {MAX_BYTES} bytes")
         return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # or the open itself would wait for a FIFO's writer
 
 
 def _explain(error: yaml.YAMLError) -> str:
