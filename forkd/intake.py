@@ -219,8 +219,31 @@ class Intake:
             self.metrics.handoff_failed("sender_forbidden")
             sock.close()
             return True
-        Sender(self, listener, sock, self._clock()).on_ready()
+        if listener.is_stream:
+            Sender(self, listener, sock, self._clock()).on_ready()
+        else:
+            self._read_at_once(listener, sock)
         return True
+
+    def _read_at_once(self, listener: Listener, sock: SocketType) -> None:
+        """The usual case without a Sender: the one message is there, and the end of file behind it."""
+        served = False
+        try:
+            while (message := handoff.receive(sock, self.room)) is not None:
+                self.accept_message(listener, message)
+                served = True
+        except BlockingIOError:
+            sender = Sender(self, listener, sock, self._clock())
+            sender.served = served
+            self.keep(sender)
+            return
+        except OSError as error:
+            self.log.debug("a sender failed: %s", error)
+            self.metrics.handoff_failed("sender_failed")
+        else:
+            if not served:
+                self.metrics.handoff_failed("no_payload")
+        sock.close()
 
     def empty_backlogs(self) -> None:
         """After `stop`: accept what still waits; called each tick, because fds may be short."""

@@ -104,6 +104,7 @@ class Master:
             self._supervisor.wanted,
             self._ledger.capacity,
         )
+        process.settle_memory()
         now = time.monotonic()
         self._supervisor.maintain(now)
         self._intake = Intake(

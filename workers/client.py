@@ -21,14 +21,22 @@ The fd is unregistered before it is closed: with a duplicate open in the master,
 
 import os
 import socket
+from os import write
 from selectors import EVENT_READ, EVENT_WRITE
+from socket import SocketType
 from typing import Final, Protocol
 
 from forkd.board import State
 from workers.context import Context
 
 DISCARD_BYTES: Final = 65536
-_READ_BYTES: Final = 8192
+_READ_BYTES: Final = 4096
+_AF_UNIX: Final = int(socket.AF_UNIX)
+_SOCK_STREAM: Final = int(socket.SOCK_STREAM)
+_SHUT_WR: Final = int(socket.SHUT_WR)
+_OPEN: Final = int(State.OPEN)
+_PARTIAL: Final = int(State.PARTIAL)
+_ENDED: Final = int(State.ENDED)
 
 
 class Owner(Protocol):
@@ -68,7 +76,7 @@ class Client:
         if fd < 0:
             return
         try:
-            sent = os.write(fd, data)
+            sent = write(fd, data)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -78,8 +86,8 @@ class Client:
         self.sent += sent
         if sent != len(data):
             self.held = bytearray(memoryview(data)[sent:])
-            if sent and self._context.states[self.slot] == State.OPEN:
-                self._context.states[self.slot] = State.PARTIAL
+            if sent and self._context.states[self.slot] == _OPEN:
+                self._context.states[self.slot] = _PARTIAL
             self._watch()
 
     def stalled_secs(self, now: float) -> float:
@@ -98,7 +106,7 @@ class Client:
         fd = self.fd
         if fd < 0:
             return
-        self._context.states[self.slot] = State.ENDED
+        self._context.states[self.slot] = _ENDED
         self.held = None
         if self._events:
             self._context.loop.selector.unregister(fd)
@@ -117,6 +125,10 @@ class Client:
         if mask & EVENT_READ and self.fd >= 0:
             self._discard()
 
+    def tick(self) -> None:
+        """Called by the loop: the linger is over."""
+        self.abort()
+
     def crashed(self, error: Exception) -> None:
         """Called by the loop."""
         self._owner.crashed(error)
@@ -124,14 +136,14 @@ class Client:
     @property
     def lingering(self) -> bool:
         """SHUT_WR is done."""
-        return self.fd >= 0 and self._context.states[self.slot] == State.ENDED
+        return self.fd >= 0 and self._context.states[self.slot] == _ENDED
 
     def _flush(self) -> None:
         held = self.held
         if held is None:
             return
         try:
-            sent = os.write(self.fd, held)
+            sent = write(self.fd, held)
         except BlockingIOError:
             return
         except OSError:
@@ -140,8 +152,8 @@ class Client:
         self.sent += sent
         self.progress_at = self._context.loop.now
         if sent != len(held):
-            if self._context.states[self.slot] == State.OPEN:
-                self._context.states[self.slot] = State.PARTIAL
+            if self._context.states[self.slot] == _OPEN:
+                self._context.states[self.slot] = _PARTIAL
             del held[:sent]
             return
         self.held = None
@@ -173,10 +185,10 @@ class Client:
         context = self._context
         # Stored after the last byte is written and before the act: between the two a death is told as an error after
         # the end, which harms nobody; the other way round the client would wait for an end that nobody sends.
-        context.states[self.slot] = State.ENDED
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=self.fd)  # os has no shutdown
+        context.states[self.slot] = _ENDED
+        sock = SocketType(_AF_UNIX, _SOCK_STREAM, 0, self.fd)  # os has no shutdown; the family does not matter to it
         try:
-            sock.shutdown(socket.SHUT_WR)
+            sock.shutdown(_SHUT_WR)
         except OSError:
             self.abort()
             return
@@ -185,7 +197,7 @@ class Client:
         if self._discarded > DISCARD_BYTES:
             self.abort()
         else:
-            context.loop.after(context.timings.linger_ticks, self.abort)
+            context.loop.after(context.timings.linger_ticks, self)
 
     def _watch(self) -> None:
         """Tell the selector what is waited for now."""

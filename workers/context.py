@@ -41,7 +41,7 @@ class Context:
 
     states, words, current: the board's cells; `words[current] = slot + 1` says which slot is being handled.
     finished: (slot, attempt) pairs for the master, sent once per loop turn.
-    completed, failed, sent_bytes: over this worker's life.
+    started, completed, failed, sent_bytes: over this worker's life.
     streams: those whose client is not closed yet, each of which is a slot that this worker holds.
     """
 
@@ -58,6 +58,7 @@ class Context:
     metrics: Metrics
     request_ids: RequestIds
     finished: list[tuple[int, int]] = field(default_factory=list)
+    started: int = 0
     completed: int = 0
     failed: int = 0
     sent_bytes: int = 0

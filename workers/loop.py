@@ -8,15 +8,16 @@ go out in batches: adding is an append, expiring is a walk over a list, and the 
 deadlines. Nothing is ever cancelled: whoever no longer cares returns at once when its callback comes up. Deadlines far
 away therefore re-check every second or two rather than pin a dead object until they are due.
 
-Errors: an exception that leaves a callback is a bug; it is given to the object it belongs to (`crashed`), which ends
-its own stream, and the loop goes on.
+Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to the object that raised it (`crashed`), which
+ends its own stream, and the loop goes on.
 """
 
 import selectors
 import time
-from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
+
+from forkd.moderation import Moderation
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
@@ -24,65 +25,74 @@ LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
 
 
+class Timed(Protocol):
+    """What may be given to `Loop.after`."""
+
+    def tick(self) -> None:
+        """The time is up."""
+
+    def crashed(self, error: Exception) -> None:
+        """`tick`, or `on_ready`, raised `error`."""
+
+
 class Ready(Protocol):
-    """What may be registered with the loop's selector."""
+    """What may be registered with the loop's selector, as the key's data."""
 
     def on_ready(self, mask: int) -> None:
         """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both."""
 
     def crashed(self, error: Exception) -> None:
-        """A callback of this object raised `error`."""
+        """`on_ready` raised `error`."""
 
 
 class Loop:
-    """The loop. `now` is monotonic time in seconds and `tick` the same in ticks, both as of this turn."""
+    """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn."""
 
-    __slots__ = ("_buckets", "_ticks", "now", "selector", "tick")
+    __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "selector")
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self._buckets: dict[int, list[Callable[[], None]]] = {}
-        self._ticks: list[int] = []
+        self._buckets: dict[int, list[Timed]] = {}
+        self._due: list[int] = []
+        self._moderation = Moderation()
         self.now = time.monotonic()
-        self.tick = int(self.now * TICKS_PER_SEC)
+        self.at = int(self.now * TICKS_PER_SEC)
 
-    def after(self, ticks: int, callback: Callable[[], None]) -> None:
-        """Call a bound method of an object that has `crashed` after so many ticks, at least one."""
-        due = self.tick + (ticks if ticks > 0 else 1)
+    def after(self, ticks: int, timed: Timed) -> None:
+        """Call `timed.tick` after so many ticks, at least one."""
+        due = self.at + (ticks if ticks > 0 else 1)
         bucket = self._buckets.get(due)
         if bucket is None:
-            self._buckets[due] = [callback]
-            heappush(self._ticks, due)
+            self._buckets[due] = [timed]
+            heappush(self._due, due)
         else:
-            bucket.append(callback)
+            bucket.append(timed)
 
     def turn(self) -> None:
         """Wait for the next event or deadline, and serve all that is there."""
+        due = self._due
+        self._moderation.pause()
         timeout = LONGEST_SLEEP_SECS
-        if self._ticks:
-            timeout = min(timeout, max(0.0, self._ticks[0] * TICK_SECS - time.monotonic()))
+        if due:
+            timeout = min(timeout, max(0.0, due[0] * TICK_SECS - time.monotonic()))
         events = self.selector.select(timeout)
         now = self.now = time.monotonic()
-        tick = self.tick = int(now * TICKS_PER_SEC)
+        at = self.at = int(now * TICKS_PER_SEC)
+        self._moderation.woken(now)
         for key, mask in events:
             try:
                 key.data.on_ready(mask)
             except Exception as error:
                 key.data.crashed(error)
-        ticks = self._ticks
-        while ticks and ticks[0] <= tick:
+        while due and due[0] <= at:
             # A late bucket counts its followers from when it was due: a stream's pace does not drift.
-            self.tick = heappop(ticks)
-            for callback in self._buckets.pop(self.tick):
+            self.at = heappop(due)
+            for timed in self._buckets.pop(self.at):
                 try:
-                    callback()
+                    timed.tick()
                 except Exception as error:
-                    _owner(callback).crashed(error)
-        self.tick = tick
-
-
-def _owner(callback: Callable[[], None]) -> Any:
-    return callback.__self__  # type: ignore[attr-defined]
+                    timed.crashed(error)
+        self.at = at
 
 
 def to_ticks(secs: float) -> int:

@@ -6,7 +6,6 @@ clients first. Signals that a terminal sends to the whole group are the master's
 """
 
 import faulthandler
-import gc
 import os
 import signal
 import socket
@@ -90,9 +89,7 @@ class Worker:
 
     def _store_totals(self) -> None:
         context = self._context
-        ended = context.completed + context.failed
-        live = sum(stream.live for stream in context.streams)
-        self._row.store_totals(ended + live, context.completed, context.failed, context.sent_bytes)
+        self._row.store_totals(context.started, context.completed, context.failed, context.sent_bytes)
 
     def _on_channel(self) -> None:
         """Take in what the master sent, a bounded number of messages, so that streams get their turn too."""
@@ -158,7 +155,7 @@ class Worker:
         finished = self._context.finished
         while finished:
             if not self._say(Up.FINISHED, finished[:PAIRS_PER_MESSAGE]):
-                self._loop.after(1, _Callback(self._nothing).on_ready)
+                self._loop.after(1, _Callback(self._nothing))
                 return
             del finished[:PAIRS_PER_MESSAGE]
 
@@ -179,7 +176,7 @@ class Worker:
         boot = self._boot
         state = " draining" if self._draining else ""
         self._title.show(f"forkd: worker {boot.index} [gen {boot.generation}]{state} streams={live}", self._loop.now)
-        self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping).on_ready)
+        self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping))
 
 
 class _Callback:
@@ -190,7 +187,10 @@ class _Callback:
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
-    def on_ready(self, _mask: int = 0) -> None:
+    def on_ready(self, _mask: int) -> None:
+        self._function()
+
+    def tick(self) -> None:
         self._function()
 
     def crashed(self, error: Exception) -> None:
@@ -201,9 +201,7 @@ def run(boot: Boot) -> None:
     """The child's main function: everything between the fork and the exit. The master's fds are closed already."""
     signals = process.Signals(_HANDLED, _IGNORED)
     faulthandler.enable(file=boot.logs.sink.fd, all_threads=True)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    process.settle_memory()
     boot.logs.rename(f"worker {boot.index}")
     process.restore_signals(set())
     started = time.monotonic()

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from workers.context import Context
-from workers.loop import to_ticks
+from workers.loop import TICKS_PER_SEC
 from workers.stream import Stream
 
 
 class PacedSource:
-    """The source for backends that answer from themselves."""
+    """The source for backends that answer from themselves. `_text` is what the next tick will send."""
 
-    __slots__ = ("_context", "_paused", "_steps", "_stream", "_text", "_waiting")
+    __slots__ = ("_context", "_late", "_paused", "_steps", "_stream", "_text")
 
     def __init__(self, context: Context, stream: Stream, steps: Iterator[tuple[float, str]]) -> None:
         self._context = context
@@ -18,11 +18,12 @@ class PacedSource:
         self._steps = steps
         self._text = ""
         self._paused = False
-        self._waiting = False
+        self._late = False
+        """The time came while the client was slow."""
 
     def start(self) -> None:
         """Send what is due at once, and wait for the rest."""
-        self._advance()
+        self.tick()
 
     def pause(self) -> None:
         """Keep the next text back when its time comes."""
@@ -31,45 +32,41 @@ class PacedSource:
     def resume(self) -> None:
         """Send what was kept back."""
         self._paused = False
-        if self._waiting:
-            self._waiting = False
-            self._due()
+        if self._late:
+            self._late = False
+            self.tick()
 
     def cancel(self) -> None:
-        """Let go of the stream; the callback that is still to come finds none."""
+        """Let go of the stream; the tick that is still to come finds none."""
         self._stream = None
 
     def tick(self) -> None:
-        """The delay is over."""
+        """The delay is over: send the text, and all that follows without a delay; wait for the next."""
         stream = self._stream
         if stream is None:
             return
         context = self._context
         context.words[context.current] = stream.slot + 1
         if self._paused:
-            self._waiting = True
-        else:
-            self._due()
+            self._late = True
+            return
+        text = self._text
+        while True:
+            if text:
+                stream.text(text)
+                if self._stream is None:  # the client is gone
+                    return
+            for delay, text in self._steps:  # noqa: B007 - the next step, if there is one
+                break
+            else:
+                stream.done()
+                return
+            if delay > 0:
+                self._text = text
+                context.loop.after(int(delay * TICKS_PER_SEC + 0.5), self)
+                return
 
     def crashed(self, error: Exception) -> None:
         """Called by the loop."""
         if self._stream is not None:
             self._stream.crashed(error)
-
-    def _due(self) -> None:
-        if self._text and self._stream is not None:
-            self._stream.text(self._text)
-        self._advance()
-
-    def _advance(self) -> None:
-        while (stream := self._stream) is not None:
-            step = next(self._steps, None)
-            if step is None:
-                stream.done()
-                return
-            delay, self._text = step
-            if delay > 0:
-                self._context.loop.after(to_ticks(delay), self.tick)
-                return
-            if self._text:
-                stream.text(self._text)

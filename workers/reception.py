@@ -78,7 +78,7 @@ class Reception:
         request = parse(payload, envelopes=self._listeners[head.listener].envelope)
         stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
         stream.take_up(state, code)
-        stream.checkup()
+        stream.tick()
 
     def _check(self, head: Assignment, fds: tuple[int, ...]) -> str | None:
         """The client's address, with its socket tuned; None, with every fd closed and the slot reported, if it is none."""

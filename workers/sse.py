@@ -13,7 +13,7 @@ HEARTBEAT: Final = b": keep-alive\n\n"
 
 def content_event(text: str) -> bytes:
     r"""`data: {"content":"…"}` and a blank line. JSON escapes line ends, so any text is one line."""
-    return b'data: {"content":%b}\n\n' % _encode(text)
+    return b'data: {"content":' + _encode(text) + b"}\n\n"
 
 
 def error_body(code: str, message: str, request_id: str) -> bytes:

@@ -15,6 +15,7 @@ import time
 from typing import Final, Protocol
 
 from forkd.board import State
+from forkd.logs import Access
 from forkd.reasons import REASONS
 from workers import response, sse
 from workers.backends.base import Backend
@@ -56,7 +57,6 @@ class Stream:
         "_method",
         "_paused",
         "_received_at",
-        "_started_at",
         "attempt",
         "backend",
         "chunks",
@@ -85,13 +85,13 @@ class Stream:
         self.outcome = ""
         self.chunks = 0
         self._received_at = received_at
-        self._started_at = context.loop.now
         self._first_at = 0.0
         self._paused = False
         self._fields = request.fields
         self._method = request.line.method
         self._client = Client(context, self, fd, slot)
         context.streams.add(self)
+        context.started += 1
 
     @property
     def live(self) -> bool:
@@ -102,7 +102,7 @@ class Stream:
         """Let `source` feed the stream."""
         self.backend = backend
         self.source = source
-        self._context.loop.after(CHECKUP_TICKS, self.checkup)
+        self._context.loop.after(CHECKUP_TICKS, self)
         if self._method == "HEAD":
             self._open(b"")
             self._finish("ok")
@@ -199,7 +199,7 @@ class Stream:
 
     # Deadlines.
 
-    def checkup(self) -> None:
+    def tick(self) -> None:
         """Look at every slow deadline of the stream, and come again when the next one may be due."""
         context = self._context
         client = self._client
@@ -234,7 +234,7 @@ class Stream:
         self._come_again(wait)
 
     def _come_again(self, wait: float) -> None:
-        self._context.loop.after(int(min(wait * TICKS_PER_SEC + 1, CHECKUP_TICKS)), self.checkup)
+        self._context.loop.after(int(min(wait * TICKS_PER_SEC + 1, CHECKUP_TICKS)), self)
 
     # Inside.
 
@@ -270,41 +270,34 @@ class Stream:
     def _account(self) -> None:
         """The access line and the metrics."""
         context = self._context
-        now = time.monotonic()
-        metrics = context.metrics
+        now = context.loop.now
         code = self.outcome
         sent = self._client.sent + (len(self._client.held) if self._client.held else 0)
         duration = now - self._received_at
-        metrics.count("daemon_bytes_sent_total", amount=sent)
-        metrics.count("daemon_chunks_sent_total", amount=self.chunks)
-        metrics.observe("daemon_stream_duration_seconds", duration)
+        ttfb = self._first_at - self._received_at if self._first_at else -1.0
+        backend = self.backend.name if self.backend is not None else ""
+        context.metrics.stream_ended(backend, sent, self.chunks, duration, ttfb)
         context.sent_bytes += sent
         if code == "ok":
             context.completed += 1
         else:
             context.failed += 1
-            metrics.stream_failed(code)
-        backend = self.backend.name if self.backend is not None else ""
-        if backend:
-            metrics.count("daemon_backend_requests_total", backend)
-            metrics.observe("daemon_backend_duration_seconds", now - self._started_at, backend)
-            if self._first_at:
-                metrics.observe("daemon_backend_ttfb_seconds", self._first_at - self._started_at, backend)
+            context.metrics.stream_failed(code)
         if context.logs.wants_access:
             context.logs.access(
                 time.time(),
-                {
-                    "request_id": self.request_id,
-                    "user_id": self.user_id,
-                    "remote": self.remote,
-                    "backend": backend,
-                    "model": None,
-                    "status": self.status,
-                    "bytes": sent,
-                    "chunks": self.chunks,
-                    "ttfb_ms": int((self._first_at - self._received_at) * 1000) if self._first_at else None,
-                    "duration_ms": int(duration * 1000),
-                    "worker": context.index,
-                    "reason": code,
-                },
+                Access(
+                    self.request_id,
+                    self.user_id,
+                    self.remote,
+                    backend,
+                    None,
+                    self.status,
+                    sent,
+                    self.chunks,
+                    int(ttfb * 1000) if ttfb >= 0 else None,
+                    int(duration * 1000),
+                    context.index,
+                    code,
+                ),
             )
