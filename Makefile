@@ -1,0 +1,51 @@
+# Every target sets up what it needs, and says so.
+PYTHON ?= python3
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+export PYTHON
+
+help:
+	@echo "make demo            everything in one command, without Apache: http://127.0.0.1:8080 (DEMO_ARGS=...)"
+	@echo "make demo-apache     the same page under a private Apache with PHP: http://127.0.0.1:8081 (root or sudo)"
+	@echo "make test            lint and all tests, with real Apache, PHP and browser (root or sudo; TEST_ARGS=...)"
+	@echo "make lint            ruff, mypy --strict, the C compiler's warnings"
+	@echo "make bench           forkd beside the physical limit (BENCH_ARGS=..., see scripts/bench/README.md)"
+	@echo "make module          build the Apache module;  make install-module  install and enable it (root)"
+	@echo "make install         install forkd itself into /opt/forkd (root)"
+
+demo:
+	@scripts/bootstrap run
+	@exec .venv/bin/forkd demo $(DEMO_ARGS)
+
+demo-apache:
+	@scripts/bootstrap test
+	@exec scripts/demo-apache
+
+test:
+	@scripts/bootstrap test
+	@scripts/lint
+	.venv/bin/python -m pytest $(TEST_ARGS)
+
+lint:
+	@scripts/bootstrap test
+	@scripts/lint
+
+bench:
+	@scripts/bootstrap bench
+	@exec .venv/bin/python scripts/bench/bench.py $(BENCH_ARGS)
+
+module:
+	@$(MAKE) -s -C apache module
+
+install-module:
+	@$(MAKE) -s -C apache install-module
+
+install:
+	@scripts/install
+
+clean:
+	rm -rf build .venv *.egg-info
+	@$(MAKE) -s -C apache clean
+
+.PHONY: help demo demo-apache test lint bench module install-module install clean
