@@ -1,0 +1,58 @@
+"""The demo page under a real Apache: a private server on a loopback port, PHP, our module, and forkd behind it.
+
+Nothing of the system's own Apache is touched: everything lives in a temporary directory and ends with this process.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import Apache, public_dir, wait_until
+
+PAGE = Path(__file__).parents[1] / "apache" / "htdocs"
+
+
+def main() -> int:
+    """Run until interrupted; returns the exit status."""
+    port = int(os.environ.get("PORT", "8081"))
+    mpm = os.environ.get("MPM", "prefork")
+    if mpm not in ("prefork", "event", "worker"):
+        print(f"MPM={mpm}: expected prefork, event or worker", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with public_dir() as site, public_dir(0o777) as run:
+        docroot = site / "htdocs"
+        shutil.copytree(PAGE, docroot)
+        path = run / "forkd.sock"
+        conf = (
+            f"Listen 127.0.0.1:{port}\nSetEnv FORKD_SOCKET {path}\nDirectoryIndex index.html\n"
+            "SocketHandoffFormat envelope\n"
+        )
+        config = run / "forkd.yaml"
+        config.write_text(
+            f'server: {{socket_path: {path}, socket_mode: "0666", shutdown_timeout_secs: 3}}\n'
+            "workers: {count: 2}\nmetrics: {enabled: false}\n"
+        )
+        daemon = subprocess.Popen([sys.executable, "-m", "forkd.cli", "-c", str(config)], process_group=0)
+        try:
+            wait_until(lambda: path.exists() or daemon.poll() is not None, "forkd listens")
+            if daemon.poll() is not None:
+                return 1
+            with Apache(mpm, docroot, run, conf):
+                print(f"\n  Apache ({mpm}) with PHP, mod_socket_handoff and forkd: http://127.0.0.1:{port}/")
+                print(f"  curl -N 'http://127.0.0.1:{port}/stream.php?prompt=Hello'")
+                print("  Ctrl-C stops everything. forkd's log:\n", flush=True)
+                daemon.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            daemon.terminate()
+            daemon.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
