@@ -19,8 +19,12 @@ not come to pass. Every ending below is therefore chosen to be harmless in that 
 In OPENING a 200 head may be out already: then the 502's lines are SSE fields of unknown names, which a parser ignores
 (https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation).
 
-Layout: WORKERS_MAX rows of 64 bytes (a cache line each, so that workers do not slow each other), then a byte of state
-per slot, then a byte of client kind per slot.
+The master writes on it too, a few times a second, for the process that serves the metrics: of itself a row, and of each
+worker another. So that process need not ask the master anything, and tells the truth of a master that hangs.
+
+Layout, each part with one writer: WORKERS_MAX rows of 64 bytes by the workers (a cache line each, so that workers do
+not slow each other), as many by the master about them, two lines by the master about itself, then a byte of state per
+slot and a byte of client kind per slot.
 """
 
 import mmap
@@ -31,6 +35,9 @@ WORKERS_MAX: Final = 4096
 """Rows for three generations of the most workers that may be configured; a page nobody writes to costs nothing."""
 _ROW_WORDS: Final = 8
 _ROW_BYTES: Final = _ROW_WORDS * 8
+_MASTER_ROWS: Final = 2
+_STAGES: Final = ("starting", "running", "draining", "stopping")
+_LIVES: Final = ("", "starting", "ready", "draining", "dead")
 
 
 class State(IntEnum):
@@ -60,7 +67,7 @@ class Board:
     """The mapping and its views. `states` and `kinds` are indexed by slot."""
 
     def __init__(self, slots: int) -> None:
-        rows = WORKERS_MAX * _ROW_BYTES
+        rows = (2 * WORKERS_MAX + _MASTER_ROWS) * _ROW_BYTES
         self.slots = slots
         self.memory = mmap.mmap(-1, rows + 2 * slots)
         whole = memoryview(self.memory)
@@ -71,6 +78,14 @@ class Board:
     def row(self, index: int) -> "Row":
         """The row of the worker with this index."""
         return Row(self, index)
+
+    def peer_row(self, index: int) -> "PeerRow":
+        """The master's row about the worker with this index."""
+        return PeerRow(self, index)
+
+    def master_row(self) -> "MasterRow":
+        """The master's row about itself."""
+        return MasterRow(self)
 
 
 class Row:
@@ -125,3 +140,125 @@ class Row:
     def cell_of_current(self) -> tuple[memoryview, int]:
         """The view and the index of `current`, for the worker's hot path (a call costs more than the store)."""
         return self._words, self._at + 1
+
+
+class PeerRow:
+    """What the master says of one worker. The master writes; `restarts` outlives the workers of this index.
+
+    life: what `forkd.peer.Life` calls it, or "" when there is none. streams: how many it was given and are not done.
+    late: its heartbeat is missing, so it gets no handoffs just now.
+    """
+
+    __slots__ = ("_at", "_words")
+
+    def __init__(self, board: Board, index: int) -> None:
+        self._words = board.words
+        self._at = (WORKERS_MAX + index) * _ROW_WORDS
+
+    def store_born(self, pid: int, generation: int) -> None:
+        """A new worker has this index. Its life comes last, so that whoever sees one sees whose it is."""
+        self._words[self._at + 1] = pid
+        self._words[self._at + 2] = generation
+        self.store("starting", 0, late=False)
+
+    def store(self, life: str, streams: int, *, late: bool) -> None:
+        self._words[self._at + 3] = streams
+        self._words[self._at + 4] = late
+        self._words[self._at] = _LIVES.index(life)
+
+    def store_gone(self, *, asked: bool) -> None:
+        """Nobody has this index now. Unless the worker was `asked` to go, whoever comes next is a restart."""
+        self._words[self._at] = 0
+        self._words[self._at + 5] += not asked
+
+    @property
+    def life(self) -> str:
+        return _LIVES[self._words[self._at]]
+
+    @property
+    def pid(self) -> int:
+        return self._words[self._at + 1]
+
+    @property
+    def generation(self) -> int:
+        return self._words[self._at + 2]
+
+    @property
+    def streams(self) -> int:
+        return self._words[self._at + 3]
+
+    @property
+    def late(self) -> bool:
+        return bool(self._words[self._at + 4])
+
+    @property
+    def restarts(self) -> int:
+        return self._words[self._at + 5]
+
+
+class MasterRow:
+    """What the master says of itself, several times a second.
+
+    beat_ms: monotonic time. stage: "starting" until the first beat, then what `forkd.master.Stage` calls it. ready:
+    workers that take handoffs. streams, of which `queued` wait for a worker; at most `capacity`. room: how many more
+    handoffs would be taken this instant.
+    """
+
+    __slots__ = ("_at", "_words")
+
+    def __init__(self, board: Board) -> None:
+        self._words = board.words
+        self._at = 2 * WORKERS_MAX * _ROW_WORDS
+
+    def store(
+        self,
+        *,
+        beat_ms: int,
+        stage: str,
+        generation: int,
+        ready: int,
+        streams: int,
+        queued: int,
+        peak: int,
+        capacity: int,
+        room: int,
+    ) -> None:
+        values = (beat_ms, _STAGES.index(stage), generation, ready, streams, queued, peak, capacity, room)
+        for word, value in enumerate(values, self._at):
+            self._words[word] = value
+
+    @property
+    def beat_ms(self) -> int:
+        return self._words[self._at]
+
+    @property
+    def stage(self) -> str:
+        return _STAGES[self._words[self._at + 1]]
+
+    @property
+    def generation(self) -> int:
+        return self._words[self._at + 2]
+
+    @property
+    def ready(self) -> int:
+        return self._words[self._at + 3]
+
+    @property
+    def streams(self) -> int:
+        return self._words[self._at + 4]
+
+    @property
+    def queued(self) -> int:
+        return self._words[self._at + 5]
+
+    @property
+    def peak(self) -> int:
+        return self._words[self._at + 6]
+
+    @property
+    def capacity(self) -> int:
+        return self._words[self._at + 7]
+
+    @property
+    def room(self) -> int:
+        return self._words[self._at + 8]

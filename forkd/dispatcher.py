@@ -22,7 +22,11 @@ from forkd.peer import Life, Peer
 from forkd.reasons import REASONS
 from forkd.settings import Server
 
+DISCARD_BYTES: Final = 65536
 _BODY: Final = b'{"error":"%b","code":"%b","request_id":""}'
+TELLING_PATIENCE_SECS: Final = 60.0
+"""How long a client whose answer has begun waits for a worker to tell it: past the longest pause of a crash loop, because
+all that the master could do for it is to close without a word."""
 _FULL: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
 
 
@@ -118,8 +122,16 @@ class Dispatcher:
 
     def expire(self, now: float) -> None:
         """Refuse what has waited too long; called each tick."""
-        while self._queue and now - self._queue[0].waits_since >= self._queue_timeout:
-            self._give_up(self._queue.popleft(), "queue_timeout")
+        if not self._queue:
+            return
+        waiting: deque[InFlight] = deque()
+        for entry in self._queue:
+            patience = self._queue_timeout if self._unbegun(entry) else TELLING_PATIENCE_SECS
+            if now - entry.waits_since < patience:
+                waiting.append(entry)
+            else:
+                self._give_up(entry, "queue_timeout")
+        self._queue = waiting
 
     def give_up_all(self, code: str) -> None:
         """Refuse all that waits."""
@@ -191,6 +203,11 @@ class Dispatcher:
             return True
         return False
 
+    @staticmethod
+    def _unbegun(entry: InFlight) -> bool:
+        """Whether nothing was said to a waiting client yet, so that the master may answer it."""
+        return entry.verdict is None or entry.verdict.state in (State.GIVEN, State.COMMITTED)
+
     def _enqueue(self, entry: InFlight) -> None:
         if len(self._queue) >= self._queue_size:
             self._give_up(entry, "no_capacity")
@@ -199,8 +216,7 @@ class Dispatcher:
 
     def _give_up(self, entry: InFlight, code: str) -> None:
         """No worker will see this client."""
-        state = self._board.states[entry.slot] if entry.verdict is None else entry.verdict.state
-        if state in (State.GIVEN, State.COMMITTED):
+        if self._unbegun(entry):
             self._refuse(entry.fd, code)
         else:
             self._hang_up(entry.fd)
@@ -211,29 +227,22 @@ class Dispatcher:
         """The prepared 503; `fd` stays the caller's."""
         self._metrics.count("daemon_connections_rejected_total")
         self._metrics.handoff_failed(code)
+        self._hang_up(fd, refusal(code))
+
+    @staticmethod
+    def _hang_up(fd: int, last_words: bytes = b"") -> None:
+        """End a connection in order, without waiting for anything; `fd` stays the caller's."""
+        if fd < 0:
+            return
         try:
             sock = socket.socket(fileno=fd)
         except OSError:  # no socket at all
             return
         try:
-            sock.send(refusal(code), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            if last_words:
+                sock.send(last_words, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        finally:
-            sock.detach()
-
-    @staticmethod
-    def _hang_up(fd: int) -> None:
-        """End in order a client that nothing more can be said to; `fd` stays the caller's."""
-        if fd < 0:
-            return
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError:
-            return
-        try:
-            sock.shutdown(socket.SHUT_WR)
+            sock.recv(DISCARD_BYTES, socket.MSG_DONTWAIT)  # to close with input unread would reset the connection
         except OSError:
             pass
         finally:

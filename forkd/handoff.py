@@ -63,6 +63,10 @@ class NotAClient(ValueError):
     """The fd is no connected stream socket of AF_INET, AF_INET6 or AF_UNIX."""
 
 
+class ClientGone(NotAClient):
+    """It was one, and has reset the connection."""
+
+
 class Message(NamedTuple):
     """What one recvmsg(2) returned. The receiver owns `fds`."""
 
@@ -138,7 +142,10 @@ def read_sealed_memfd(fd: int, max_bytes: int) -> bytes:
     size = os.fstat(fd).st_size
     if size > max_bytes:
         raise DataTooLarge(f"{size} bytes, the limit is {max_bytes}")
-    data = os.pread(fd, size, 0)
+    try:
+        data = os.pread(fd, size, 0)
+    except OSError as error:  # opened for writing only, before it was sealed
+        raise BadDataFd("not readable") from error
     if len(data) != size:
         raise BadDataFd("shorter than it says")
     return data
@@ -153,7 +160,8 @@ def send_handoff(sock: socket.socket, payload: bytes, fds: Sequence[int]) -> Non
 def check_client(fd: int) -> tuple[int, str]:
     """The address family and the peer's address ("" for AF_UNIX) of a client's fd, which stays the caller's.
 
-    Raises NotAClient for everything that is not a connected stream socket of a family HTTP clients come by.
+    Raises NotAClient for everything that is not a connected stream socket of a family HTTP clients come by, and
+    ClientGone for one that was.
     """
     try:
         sock = SocketType(fileno=fd)
@@ -168,7 +176,8 @@ def check_client(fd: int) -> tuple[int, str]:
         try:
             peer = sock.getpeername()
         except OSError as error:
-            raise NotAClient("not connected") from error
+            gone = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            raise ClientGone(os.strerror(gone)) if gone else NotAClient("not connected") from error
         return family, "" if family == socket.AF_UNIX else peer[0]
     finally:
         sock.detach()

@@ -30,6 +30,10 @@ from forkd.settings import Server
 
 _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
+MESSAGES_PER_TURN: Final = 64
+"""From one sender, so that a busy one keeps nobody else waiting."""
+FDS_MAX: Final = 2
+"""What the largest handoff carries."""
 ENVELOPE_MAX_BYTES: Final = 131072
 
 
@@ -58,51 +62,59 @@ class Sender:
         self.served = False
         """It has handed over at least once, and may be idle now."""
         self.watched = False
+        """Its socket is registered, except while the intake is paused."""
         self._chunks: list[bytes] = []
         self._bytes = 0
         self._fds: tuple[int, ...] = ()
         self._silence = "no_payload"
 
     def on_ready(self, _mask: int = 0) -> None:
-        """Read what is there; close at the end of file or on an error."""
+        """Read what is there, a bounded number of messages, as long as there is room for their fds."""
+        intake = self._intake
+        for _ in range(MESSAGES_PER_TURN):
+            if not intake.has_room() or not self._read_one():
+                break
+        if self.sock.fileno() >= 0:
+            intake.keep(self)
+
+    def _read_one(self) -> bool:
+        """Read one message; False when there is none just now, or when the last one was read and the sender dropped."""
         intake = self._intake
         try:
-            while True:
-                message = handoff.receive(self.sock, intake.room)
-                if message is None:
-                    if self.listener.is_stream and (self._chunks or self._fds):
-                        self._complete_stream()
-                    elif not self.served:
-                        intake.metrics.handoff_failed(self._silence)
-                    break
-                if not self.listener.is_stream:
-                    self.served = True
-                    intake.accept_message(self.listener, message)
-                elif not self._gather(message):
-                    break
+            message = handoff.receive(self.sock, intake.room)
         except BlockingIOError:
-            intake.keep(self)
-            return
+            return False
         except OSError as error:
             intake.log.debug("a sender failed: %s", error)
             intake.metrics.handoff_failed("sender_failed")
+            intake.drop(self)
+            return False
+        if message is None:
+            if self.listener.is_stream and (self._chunks or self._fds):
+                self._finish(b"".join(self._chunks))
+            elif not self.served:
+                intake.metrics.handoff_failed(self._silence)
+        elif not self.listener.is_stream:
+            self.served = True
+            intake.accept_message(self.listener, message)
+            return True
+        elif self._gather(message):
+            return True
         intake.drop(self)
+        return False
 
     def _gather(self, message: handoff.Message) -> bool:
         """Add a piece of a STREAM handoff; False when there is too much of it."""
         self._fds += message.fds
         self._chunks.append(message.payload)
         self._bytes += len(message.payload)
-        if message.fds_truncated:
+        if message.fds_truncated or len(self._fds) > FDS_MAX:
             self._finish(b"".join(self._chunks), fds_truncated=True)
             return False
         if self._bytes > self._intake.max_bytes:
             self._finish(b"", truncated=True)
             return False
         return True
-
-    def _complete_stream(self) -> None:
-        self._finish(b"".join(self._chunks))
 
     def _finish(self, payload: bytes, *, truncated: bool = False, fds_truncated: bool = False) -> None:
         fds, self._fds = self._fds, ()
@@ -117,7 +129,17 @@ class Sender:
             self.sock.shutdown(socket.SHUT_RD)
         except OSError:
             pass
-        self.on_ready()
+        while self._read_one():
+            pass
+        if self.sock.fileno() >= 0:
+            self._intake.drop(self)
+
+    def has_message(self) -> bool:
+        """Whether a message lies unread."""
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the connection and whatever of a handoff was incomplete: the sender still has that client."""
@@ -174,29 +196,52 @@ class Intake:
         return [listener.sock.fileno() for listener in self._listeners]
 
     def resume(self) -> None:
-        """Accept again, if there is room."""
-        if self._paused and not self._stopped and self._fds_left() > 0:
-            self._paused = False
+        """Accept and read again, if there is room; called each tick."""
+        if not self._paused:
+            return
+        if self._fds_left() <= 0:
+            self._close_idle()
+        if self._fds_left() <= 0:
+            return
+        self._paused = False
+        if not self._stopped:
             for listener in self._listeners:
                 self._selector.register(listener.sock, selectors.EVENT_READ, _Acceptor(self, listener))
+        for sender in (*self._silent, *self._idle):
+            self._selector.register(sender.sock, selectors.EVENT_READ, sender)
+
+    def has_room(self) -> bool:
+        """Whether there are fds for one more handoff. If not, nothing is accepted or read until `resume` finds some:
+        whatever waits in a backlog or a socket is safe there."""
+        if not self._paused and self._fds_left() <= 0:
+            self._pause("out of file descriptors")
+        return not self._paused
 
     def _pause(self, why: str) -> None:
-        """Accept no more until `resume`: out of fds, what waits in the backlog is safe there."""
-        if not self._paused:
-            self.log.warning("not accepting handoffs for a moment: %s", why)
-            self.metrics.handoff_failed("out_of_fds")
-            self._paused = True
+        self.log.warning("not accepting handoffs for a moment: %s", why)
+        self.metrics.handoff_failed("out_of_fds")
+        self._paused = True
+        if not self._stopped:
             for listener in self._listeners:
                 self._selector.unregister(listener.sock)
+        for sender in (*self._silent, *self._idle):
+            if sender.watched:
+                self._selector.unregister(sender.sock)
+
+    def _close_idle(self) -> None:
+        """Close connections that are kept for later handoffs; whoever wants to send by one gets EPIPE and connects anew.
+
+        Those with an unread message only if there are no others, because to close them is to take in their clients.
+        """
+        idle = [sender for sender in self._idle if not sender.has_message()]
+        for sender in idle or [*self._idle][:1]:
+            sender.refuse_rest("shutdown")
 
     def accept(self, listener: Listener) -> None:
         """Accept what waits, a bounded number, and read it."""
         for _ in range(ACCEPTS_PER_TURN):
-            if self._fds_left() <= 0:
-                self._pause("out of file descriptors")
-                return
             try:
-                if not self.accept_one(listener):
+                if not self.has_room() or not self.accept_one(listener):
                     return
             except OutOfFds as error:
                 self._pause(str(error))
@@ -229,21 +274,27 @@ class Intake:
         """The usual case without a Sender: the one message is there, and the end of file behind it."""
         served = False
         try:
-            while (message := handoff.receive(sock, self.room)) is not None:
+            message = handoff.receive(sock, self.room)
+            if message is not None:
                 self.accept_message(listener, message)
                 served = True
+                message = handoff.receive(sock, self.room)
+            if message is None:
+                if not served:
+                    self.metrics.handoff_failed("no_payload")
+                sock.close()
+                return
+            self.accept_message(listener, message)
         except BlockingIOError:
-            sender = Sender(self, listener, sock, self._clock())
-            sender.served = served
-            self.keep(sender)
-            return
+            pass
         except OSError as error:
             self.log.debug("a sender failed: %s", error)
             self.metrics.handoff_failed("sender_failed")
-        else:
-            if not served:
-                self.metrics.handoff_failed("no_payload")
-        sock.close()
+            sock.close()
+            return
+        sender = Sender(self, listener, sock, self._clock())
+        sender.served = served
+        self.keep(sender)
 
     def empty_backlogs(self) -> None:
         """After `stop`: accept what still waits; called each tick, because fds may be short."""
@@ -279,20 +330,23 @@ class Intake:
             os.close(fd)
         data_fd = fds[1] if data_follows and not code else -1
         flags = DATA_FD if data_fd >= 0 else 0
-        if len(payload) > handoff.MAX_INLINE_BYTES and not code:
+        if len(payload) > handoff.MAX_INLINE_BYTES:
             if data_fd >= 0:  # an envelope of over 64 KB beside its data: nobody's response headers
                 os.close(data_fd)
                 data_fd, flags, code = -1, 0, "bad_handoff"
-            else:
+            elif not code:
                 try:
                     data_fd, flags = handoff.sealed_memfd(payload), PAYLOAD_IN_MEMFD
                 except OSError:
                     code = "out_of_fds"
             payload = b""
-        self._deliver(fds[0], data_fd, b"" if code else payload, flags, listener.index, now, code)
+        self._deliver(fds[0], data_fd, payload, flags, listener.index, now, code)
 
     def keep(self, sender: Sender) -> None:
-        """Watch a sender that has no more for now."""
+        """Watch a sender that has no more for now. One that was accepted after `stop` has said all it may."""
+        if self._stopped and not sender.listener.is_stream:
+            sender.refuse_rest("shutdown")
+            return
         if sender.served and not sender.listener.is_stream:
             self._silent.pop(sender, None)
             self._idle.add(sender)
@@ -302,15 +356,16 @@ class Intake:
             self._silent[sender] = None
         if not sender.watched:
             sender.watched = True
-            self._selector.register(sender.sock, selectors.EVENT_READ, sender)
+            if not self._paused:
+                self._selector.register(sender.sock, selectors.EVENT_READ, sender)
 
     def drop(self, sender: Sender) -> None:
         """Done with a sender."""
         self._silent.pop(sender, None)
         self._idle.discard(sender)
-        if sender.watched:
-            sender.watched = False
+        if sender.watched and not self._paused:
             self._selector.unregister(sender.sock)
+        sender.watched = False
         sender.close()
 
     def _evict(self, sender: Sender, code: str) -> None:
@@ -336,7 +391,7 @@ class Intake:
         if not self._paused:
             for listener in self._listeners:
                 self._selector.unregister(listener.sock)
-        self._stopped = self._paused = True
+        self._stopped = True
         for listener in self._listeners:
             listener.refuse_connections()
         self._to_empty = list(self._listeners)

@@ -75,6 +75,8 @@ class Ledger:
         self.capacity = capacity
         self.count = 0
         self.peak = 0
+        self.data_fds = 0
+        """How many memfds with data it holds, beside the clients."""
 
     def admit(
         self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, received_at: float
@@ -93,6 +95,7 @@ class Ledger:
         self._board.states[slot] = State.GIVEN
         self._with_payload.append(entry)
         self._payload_bytes += len(payload)
+        self.data_fds += data_fd >= 0
         self.count += 1
         self.peak = max(self.peak, self.count)
         return entry
@@ -182,6 +185,7 @@ class Ledger:
         if entry.data_fd >= 0:
             os.close(entry.data_fd)
             entry.data_fd = -1
+            self.data_fds -= 1
 
     def _forget_payload(self, entry: InFlight) -> None:
         if entry.payload is not None:

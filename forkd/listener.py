@@ -21,6 +21,8 @@ from forkd.settings import ListenerSettings
 
 BACKLOG: Final = 4096
 _SO_PEERGROUPS: Final = 59
+_GROUPS_BYTES: Final = 1024
+"""The most that getsockopt of Python reads: 256 groups."""
 _UCRED: Final = struct.Struct("iII")
 _TYPES: Final = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
 
@@ -115,7 +117,10 @@ class Listener:
             return True
         if not self._gids:
             return False
-        groups = sender.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4096)
+        try:
+            groups = sender.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        except OSError:  # ERANGE: it has more groups than we can read
+            return False
         return not self._gids.isdisjoint(struct.unpack(f"{len(groups) // 4}I", groups))
 
     def refuse_connections(self) -> None:

@@ -75,9 +75,17 @@ class Sink:
     def reopen(self) -> None:
         """Open the file again by its name, after logrotate(8) moved it away. Raises OSError and keeps the old one."""
         if self.path is not None:
-            old = self.fd
+            own = self.fd
             self._open()
-            os.close(old)
+            # Under the old number: faulthandler was given it, and must not write to whoever got it next.
+            os.dup2(self.fd, own, inheritable=False)
+            os.close(self.fd)
+            self.fd = own
+
+    def take_dropped(self) -> int:
+        """How many lines were dropped since the last time this was asked."""
+        dropped, self.dropped = self.dropped, 0
+        return dropped
 
     def put(self, line: str) -> None:
         """Keep a line for the next `flush`."""
@@ -136,14 +144,24 @@ class Formatter(logging.Formatter):
             message += "\n" + self.formatException(record.exc_info)
         stamp = self.stamp(record.created)
         if self.json:
-            return json.dumps({"ts": stamp, "level": record.levelname, "process": self.process, "message": message})
+            return self._within(stamp, record.levelname, {"message": message})
         return f"{stamp} {record.levelname:<7} {self.process}: {message}"
+
+    def _within(self, stamp: str, level: str, rest: dict[str, object]) -> str:
+        """One JSON object that is not cut anywhere when it is written: if it is too long, its texts are."""
+        record = {"ts": stamp, "level": level, "process": self.process, **rest}
+        line = json.dumps(record)
+        room = _ATOMIC_BYTES
+        while len(line) >= _ATOMIC_BYTES:
+            room //= 2
+            line = json.dumps({key: text[:room] if isinstance(text, str) else text for key, text in record.items()})
+        return line
 
     def access(self, now: float, line: "Access") -> str:
         """One line for a finished stream."""
         stamp = self.stamp(now)
         if self.json:
-            return json.dumps({"ts": stamp, "level": "ACCESS", "process": self.process, **line._asdict()})
+            return self._within(stamp, "ACCESS", line._asdict())
         # Written out, because a loop over the fields takes longer than the rest of a stream's end.
         ttfb_ms = "-" if line.ttfb_ms is None else line.ttfb_ms
         return (

@@ -9,12 +9,14 @@ import os
 import selectors
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from enum import Enum
 from typing import Final
 
 from forkd import process
+from forkd.auxiliary import Auxiliary
 from forkd.board import Board
 from forkd.dispatcher import Dispatcher
 from forkd.intake import Intake
@@ -28,6 +30,9 @@ from forkd.supervisor import TICK_SECS, Run, Supervisor
 
 END_GRACE_SECS: Final = 3.0
 """From STOP to SIGKILL: what a worker may take to tell its clients."""
+PAUSE_SECS: Final = 0.002
+GAP_SECS: Final = 0.002
+"""A few hundred handoffs a second or more are taken in small batches; none waits longer than the pause."""
 FDS_PER_WORKER: Final = 4
 FDS_BASE: Final = 48
 
@@ -73,6 +78,7 @@ class Master:
             for listener in self._listeners:
                 listener.close()
             raise
+        metrics_listener = self._bind_metrics()
         process.drop_privileges(server.user, server.group)
         self._metrics_dir = self._make_metrics_dir()
         self._metrics = Metrics(self._metrics_dir, "master")
@@ -89,6 +95,7 @@ class Master:
         self._dispatcher.peers = self._supervisor.peers
         self._supervisor.dispatcher = self._dispatcher
         self._supervisor.wanted = workers
+        self._exposition = self._make_exposition(metrics_listener)
         self._title = process.Title()
         self._stage = Stage.RUNNING
         self._deadline = 0.0
@@ -107,6 +114,9 @@ class Master:
         process.settle_memory()
         now = time.monotonic()
         self._supervisor.maintain(now)
+        self._publish(now)
+        if self._exposition is not None:
+            self._exposition.maintain(now)
         self._intake = Intake(
             self._selector,
             self._listeners,
@@ -118,8 +128,8 @@ class Master:
             time.monotonic,
         )
         next_tick = now + TICK_SECS
-        moderation = Moderation()
-        while self._stage is Stage.RUNNING or self._supervisor.peers or not self._intake.stopped:
+        moderation = Moderation(PAUSE_SECS, GAP_SECS)
+        while self._stage is Stage.RUNNING or self._supervisor.peers or self._waits():
             moderation.pause()
             events = self._selector.select(max(0.0, next_tick - time.monotonic()))
             now = time.monotonic()
@@ -130,6 +140,11 @@ class Master:
                 next_tick = now + TICK_SECS
                 self._tick(now)
         return self._leave()
+
+    def _waits(self) -> bool:
+        """Whether somebody still hands over, or waits for a worker."""
+        assert self._intake is not None
+        return not self._intake.stopped or (self._stage is not Stage.STOPPING and self._dispatcher.queued > 0)
 
     def on_ready(self, _mask: int) -> None:
         """Signals came."""
@@ -173,6 +188,7 @@ class Master:
         assert self._intake is not None or not self._ledger.count
         senders = self._intake.senders if self._intake is not None else 0
         kept = self._ledger.count if self._settings.server.ledger else self._dispatcher.queued
+        kept += self._ledger.data_fds
         return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * self._supervisor.wanted - senders - kept) // 3
 
     def _make_metrics_dir(self) -> str | None:
@@ -187,11 +203,54 @@ class Master:
         os.makedirs(own)
         return own
 
+    def _bind_metrics(self) -> socket.socket | None:
+        """The port that metrics are served on, None if there is to be none or it cannot be had: streams matter more."""
+        if not self._settings.metrics.enabled:
+            return None
+        # Imported late, because prometheus_client is large, and nothing of it is needed without metrics.
+        from forkd import exposition  # noqa: PLC0415
+
+        address = self._settings.metrics.listen_addr
+        try:
+            listener = exposition.bind(address)
+        except OSError as error:
+            self._log.error("cannot serve metrics on %s: %s; going on without", address, error.strerror)
+            return None
+        self._log.info("metrics on http://%s/metrics", exposition.address_of(listener))
+        return listener
+
+    def _make_exposition(self, listener: socket.socket | None) -> Auxiliary | None:
+        if listener is None or self._metrics_dir is None:
+            return None
+        from forkd.exposition import Exposition  # noqa: PLC0415
+
+        own = Exposition(listener, self._board, self._settings, self._metrics_dir, self._logs)
+        return Auxiliary("metrics", self._selector, self._logs, own.run, own.fds)
+
+    def _publish(self, now: float) -> None:
+        """Leave word of ourselves on the board."""
+        ledger, queued = self._ledger, self._dispatcher.queued
+        queue_size = self._settings.server.queue_size
+        full = (queue_size and queued >= queue_size) or self._fds_left() <= 0
+        self._board.master_row().store(
+            beat_ms=int(now * 1000),
+            stage=self._stage.value,
+            generation=self._supervisor.generation,
+            ready=self._supervisor.ready,
+            streams=ledger.count,
+            queued=queued,
+            peak=ledger.peak,
+            capacity=ledger.capacity,
+            room=0 if full else ledger.capacity - ledger.count,
+        )
+
     def _tick(self, now: float) -> None:
         intake = self._intake
         assert intake is not None
         self._supervisor.tick()
         self._supervisor.maintain(now)
+        if self._exposition is not None:
+            self._exposition.maintain(now)
         intake.expire(now)
         intake.resume()
         self._dispatcher.expire(now)
@@ -206,15 +265,19 @@ class Master:
                 else:
                     self._log.warning("%d streams did not finish in time: ending them", self._ledger.count)
                     self._stop()
+        self._publish(now)
         if now >= self._second:
             self._second = now + 1
             self._each_second(now)
 
     def _each_second(self, now: float) -> None:
-        dropped = self._ledger.sweep()
-        if dropped:
-            self._log.warning("%d payloads forgotten: too many bytes wait for their streams to begin", dropped)
+        forgotten = self._ledger.sweep()
+        if forgotten:
+            self._log.warning("%d payloads forgotten: too many bytes wait for their streams to begin", forgotten)
         metrics = self._metrics
+        dropped = self._logs.sink.take_dropped()
+        if dropped:
+            metrics.count("forkd_log_lines_dropped_total", amount=dropped)
         metrics.gauge("daemon_active_connections", self._ledger.count)
         metrics.gauge("daemon_active_streams", self._ledger.count - self._dispatcher.queued)
         metrics.gauge("daemon_peak_streams", self._ledger.peak)
@@ -250,10 +313,14 @@ class Master:
         except OSError as error:
             self._log.error("cannot reopen %s: %s", self._logs.sink.path, error.strerror)
         self._supervisor.signal_all(signal.SIGUSR1)
+        if self._exposition is not None:
+            self._exposition.signal(signal.SIGUSR1)
 
     def _leave(self) -> int:
         self._dispatcher.give_up_all("shutdown")
         self._supervisor.close()
+        if self._exposition is not None:
+            self._exposition.stop()
         self._metrics.flush()
         if self._metrics_dir is not None:
             shutil.rmtree(self._metrics_dir, ignore_errors=True)

@@ -15,19 +15,26 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import Any, Final, Literal, NamedTuple
 
-from forkd.reasons import REASONS
+from forkd.reasons import REASONS, Metric
 
 
 class Spec(NamedTuple):
-    """One metric. `first_bucket` is a histogram's smallest bound, in seconds; 14 more follow, each twice the last."""
+    """One metric. `first_bucket` is a histogram's smallest bound, in seconds; 14 more follow, each twice the last.
+
+    `values` are all that the label can have, where they are few: those are shown as 0 before they were ever counted.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     label: str = ""
     first_bucket: float = 0.0
+    values: tuple[str, ...] = ()
 
 
 BUCKETS: Final = 15
+_REASONS: Final = tuple(Metric)
+_OUTCOMES: Final = ("redispatched", "ended", "poison", "closed")
+"""What `forkd.ledger.Ledger.judge` returns."""
 
 SPECS: Final[dict[str, Spec]] = {
     "daemon_active_connections": Spec("gauge", "Clients handed over and not yet done"),
@@ -37,10 +44,12 @@ SPECS: Final[dict[str, Spec]] = {
     "daemon_peak_streams": Spec("gauge", "The most streams at once since the start"),
     "daemon_bytes_sent_total": Spec("counter", "Bytes sent to clients"),
     "daemon_chunks_sent_total": Spec("counter", "Chunks of text sent to clients"),
-    "daemon_stream_errors_total": Spec("counter", "Streams that failed", "reason"),
+    "daemon_stream_errors_total": Spec("counter", "Streams that failed", "reason", values=_REASONS),
     "daemon_stream_duration_seconds": Spec("histogram", "From handoff to end", "", 0.01),
     "daemon_handoffs_total": Spec("counter", "Handoffs received whole"),
-    "daemon_handoff_errors_total": Spec("counter", "Handoffs that could not become a stream", "reason"),
+    "daemon_handoff_errors_total": Spec(
+        "counter", "Handoffs that could not become a stream", "reason", values=_REASONS
+    ),
     "daemon_handoff_duration_seconds": Spec("histogram", "From receipt to the worker", "", 0.0001),
     "daemon_backend_requests_total": Spec("counter", "Streams given to a backend", "backend"),
     "daemon_backend_errors_total": Spec("counter", "Streams that a backend failed", "backend"),
@@ -48,13 +57,16 @@ SPECS: Final[dict[str, Spec]] = {
     "daemon_backend_ttfb_seconds": Spec("histogram", "From a backend's start to its first text", "backend", 0.001),
     "forkd_stream_errors_total": Spec("counter", "Streams that failed, by code", "code"),
     "forkd_handoff_errors_total": Spec("counter", "Handoffs that could not become a stream, by code", "code"),
-    "forkd_streams_recovered_total": Spec("counter", "Streams of dead workers, by what became of them", "outcome"),
+    "forkd_streams_recovered_total": Spec(
+        "counter", "Streams of dead workers, by what became of them", "outcome", values=_OUTCOMES
+    ),
     "forkd_worker_deaths_total": Spec("counter", "Workers that died unasked"),
     "forkd_handoff_warnings_total": Spec("counter", "Handoffs answered with defaults, by what was wrong", "code"),
     "forkd_response_headers_refused_total": Spec("counter", "Application response headers that could not pass"),
     "forkd_log_lines_dropped_total": Spec("counter", "Log lines dropped because they could not be written at once"),
+    "forkd_metrics_files_skipped_total": Spec("counter", "Files of counts that a scrape could not read and left out"),
 }
-_BOUNDS: Final = {
+BOUNDS: Final = {
     name: [spec.first_bucket * 2**power for power in range(BUCKETS)]
     for name, spec in SPECS.items()
     if spec.kind == "histogram"
@@ -78,7 +90,7 @@ class Metrics:
         cells = self._observed.get((name, label))
         if cells is None:
             cells = self._observed[name, label] = [0.0] * (BUCKETS + 2)
-        cells[bisect_left(_BOUNDS[name], secs)] += 1
+        cells[bisect_left(BOUNDS[name], secs)] += 1
         cells[-1] += secs
 
     def stream_ended(self, backend: str, sent: int, chunks: int, duration: float, ttfb: float) -> None:
@@ -147,5 +159,5 @@ def _open(directory: str, key: str) -> dict[str, Any]:
             if key == "master":
                 made[name] = Gauge(name, spec.help, labels, registry=registry, multiprocess_mode="mostrecent")
         else:
-            made[name] = Histogram(name, spec.help, labels, registry=registry, buckets=_BOUNDS[name])
+            made[name] = Histogram(name, spec.help, labels, registry=registry, buckets=BOUNDS[name])
     return made

@@ -37,6 +37,7 @@ class Peer:
         "seen_beat",
         "silent_ticks",
         "told",
+        "untold",
     )
 
     def __init__(self, index: int, generation: int, pid: int, pidfd: int, channel: socket.socket, row: Row) -> None:
@@ -56,17 +57,27 @@ class Peer:
         self.silent_ticks = 0
         self.killed_at_tick = 0
         self.told: Down | None = None
+        self.untold = False
+        """`told` has not found room in the channel yet."""
 
     def tell(self, kind: Down) -> None:
-        """Send DRAIN or STOP once. A full channel is tried again by whoever calls this each tick."""
+        """Send DRAIN or STOP, once, and nothing to stream from now on. What finds the channel full goes by `tell_again`."""
         if self.told is not None and self.told >= kind:
             return
+        self.told = kind
+        self.untold = True
+        if self.life is not Life.DEAD:
+            self.life = Life.DRAINING
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """Send what a full channel did not take; called each tick."""
+        if not self.untold or self.told is None:
+            return
         try:
-            send_down(self.channel, Assignment(0, 0, kind, 0, 0, 0.0), _NO_BODY, ())
+            send_down(self.channel, Assignment(0, 0, self.told, 0, 0, 0.0), _NO_BODY, ())
         except BlockingIOError:
             return
         except OSError:  # dying; its end is on the way
             pass
-        self.told = kind
-        if self.life is not Life.DEAD:
-            self.life = Life.DRAINING
+        self.untold = False

@@ -153,6 +153,14 @@ def restore_signals(before: set[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def how_it_ended(code: int) -> str:
+    """An exit code (os.waitstatus_to_exitcode) in words."""
+    if code < 0:
+        names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
+        return f"was killed by {names.get(-code, f'signal {-code}')}"
+    return f"exited with status {code}"
+
+
 def set_cloexec(fd: int) -> None:
     """Close `fd` when this process becomes another program."""
     fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)

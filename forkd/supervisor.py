@@ -68,6 +68,7 @@ class Supervisor:
         self._next_birth = 0.0
         self._draining = False
         self._stopping = False
+        self._killing = False
         self.wanted = 0
         self.generation = 1
         self.dispatcher: Dispatcher
@@ -78,15 +79,17 @@ class Supervisor:
     @property
     def ready(self) -> int:
         """How many workers take handoffs."""
-        return sum(peer.life is Life.READY for peer in self.peers)
+        return sum(peer.life is Life.READY and not peer.late for peer in self.peers)
 
     def maintain(self, now: float) -> None:
         """Start what is missing; called each tick and after each death."""
-        if self._draining:
-            # During a drain a worker is wanted only where clients wait for one.
-            missing = 1 if self.dispatcher.queued and not any(p.life is not Life.DEAD for p in self.peers) else 0
+        serving = sum(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
+        if self._killing:
+            return
+        if self._draining:  # a worker is wanted only where clients wait for one: those of a worker that died
+            missing = 1 if self.dispatcher.queued and not serving else 0
         else:
-            missing = self.wanted - sum(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
+            missing = self.wanted - serving
         for _ in range(missing):
             if now < self._next_birth:
                 return
@@ -111,7 +114,8 @@ class Supervisor:
             peer.tell(Down.STOP)
 
     def kill(self) -> None:
-        """SIGKILL to every worker that is left."""
+        """SIGKILL to every worker that is left. None is started any more: its clients had their time."""
+        self._killing = True
         for peer in self.peers:
             self._signal(peer, signal.SIGKILL)
 
@@ -133,6 +137,7 @@ class Supervisor:
         """Judge every heartbeat; called every TICK_SECS of the master's own life."""
         self._ticks += 1
         for peer in self.peers:
+            peer.tell_again()
             beat = peer.row.beat
             if beat != peer.seen_beat:
                 peer.seen_beat = beat
@@ -151,6 +156,12 @@ class Supervisor:
                 self._log.error("worker %d (pid %d) is silent for %.0f s: ending it", peer.index, peer.pid, silent)
                 peer.killed_at_tick = self._ticks
                 self._signal(peer, signal.SIGABRT)  # faulthandler writes all stacks to the log
+        self._publish()
+
+    def _publish(self) -> None:
+        """Show on the board how every worker is."""
+        for peer in self.peers:
+            self._board.peer_row(peer.index).store(peer.life.value, peer.active, late=peer.late)
 
     def close(self) -> None:
         """Give back the fds of workers that are still there; for a master that leaves."""
@@ -177,6 +188,7 @@ class Supervisor:
             process.restore_signals(before)
             theirs.close()
         peer = Peer(index, self.generation, pid, os.pidfd_open(pid), ours, row)
+        self._board.peer_row(index).store_born(pid, self.generation)
         self.peers.append(peer)
         self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))
         self._selector.register(ours, selectors.EVENT_READ, _OnChannel(self, peer))
@@ -224,6 +236,8 @@ class Supervisor:
                 message = handoff.receive(peer.channel, self._room)
             except BlockingIOError:
                 return True
+            except ConnectionResetError:  # said once of a worker that died with messages unread; its own come behind
+                continue
             except OSError:
                 return False
             if message is None:
@@ -247,6 +261,7 @@ class Supervisor:
             if peer.life is Life.STARTING:
                 peer.life = Life.READY
             self._failures = 0
+            self._next_birth = 0.0
             self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
             dispatcher.pump()
         elif kind is Up.RETURNED:
@@ -282,15 +297,21 @@ class Supervisor:
         outcomes = self.dispatcher.recover(peer, now)
         code = os.waitstatus_to_exitcode(status)
         asked = was is Life.DRAINING and code == 0
+        self._board.peer_row(peer.index).store_gone(asked=asked)
         if not asked:
             self._metrics.count("forkd_worker_deaths_total")
             what = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none in flight"
-            self._log.error("worker %d (pid %d) %s; streams: %s", peer.index, peer.pid, _how(code), what)
+            self._log.error(
+                "worker %d (pid %d) %s; streams: %s", peer.index, peer.pid, process.how_it_ended(code), what
+            )
         if was is Life.STARTING:
             self._backoff(now)
         self.maintain(now)
 
     def _backoff(self, now: float) -> None:
+        """Wait before the next birth, twice as long as last time. The deaths of one wave are one failure."""
+        if now < self._next_birth:
+            return
         delay = min(BACKOFF_FIRST_SECS * 2**self._failures, BACKOFF_MAX_SECS)
         self._failures = min(self._failures + 1, 16)
         self._next_birth = now + delay
@@ -335,10 +356,3 @@ def _readable(sock: socket.socket) -> bool:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
         return False
-
-
-def _how(code: int) -> str:
-    """An exit code in words."""
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"exited with status {code}"

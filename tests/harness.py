@@ -7,13 +7,14 @@ a condition until it holds, and gives up after a time that no working program ne
 import contextlib
 import json
 import os
+import selectors
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,36 @@ def read_answer(sock: socket.socket, patience: float = PATIENCE_SECS) -> Answer:
     return Answer(b"".join(pieces), reset)
 
 
+def read_answers(clients: Iterable[socket.socket], patience: float = PATIENCE_SECS) -> list[Answer]:
+    """Read many clients' sockets side by side to their ends and close them; in the order given."""
+    clients = list(clients)
+    pieces: dict[int, list[bytes]] = {client.fileno(): [] for client in clients}
+    order = list(pieces)
+    reset: set[int] = set()
+    end = time.monotonic() + patience
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            client.setblocking(False)
+            selector.register(client, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0.0, end - time.monotonic()))
+            assert ready, f"{len(selector.get_map())} of {len(clients)} clients never saw an end"
+            for key, _ in ready:
+                client = key.fileobj
+                assert isinstance(client, socket.socket)
+                try:
+                    piece = client.recv(65536)
+                except ConnectionError:
+                    reset.add(key.fd)
+                    piece = b""
+                if piece:
+                    pieces[key.fd].append(piece)
+                else:
+                    selector.unregister(client)
+                    client.close()
+    return [Answer(b"".join(pieces[number]), number in reset) for number in order]
+
+
 def connect(path: str | Path, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> socket.socket:
     """A sender's connection."""
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -168,6 +199,12 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
         return client, server
 
 
+def reset(sock: socket.socket) -> None:
+    """Close a TCP socket by an RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 def open_fds(pid: int) -> int:
     """How many fds a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))
@@ -193,7 +230,7 @@ class Forkd:
         return self.process.pid
 
     def start(self, *, ready: bool = True, **popen: Any) -> "Forkd":
-        """Start it; with `ready`, wait until every worker is."""
+        """Start it; with `ready`, wait until every worker is. `popen` goes to Popen, over what is given to it here."""
         base: dict[str, Any] = {
             "server": {"socket_path": self.path},
             "workers": {"count": 2},
@@ -206,8 +243,9 @@ class Forkd:
         file = self.directory / "forkd.yaml"
         file.write_text(yaml.safe_dump(base))
         with open(self.directory / "output", "wb") as output:
+            streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(  # noqa: S603
-                [*self.command, "-c", str(file), *self.arguments], stdout=output, stderr=subprocess.STDOUT, **popen
+                [*self.command, "-c", str(file), *self.arguments], **{**streams, **popen}
             )
         if ready:
             wanted = base["workers"]["count"]
@@ -252,6 +290,18 @@ class Forkd:
                     total += sample.value
         return total
 
+    def counts(self, *names: str) -> dict[str, float]:
+        """These counters, summed over all processes, by the value of their one label; what is 0 is left out."""
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(next((self.directory / "metrics").glob("master-*"))))
+        found: dict[str, float] = {}
+        for family in registry.collect():
+            for sample in family.samples:
+                if sample.name in names and sample.value:
+                    (label,) = sample.labels.values()
+                    found[label] = found.get(label, 0.0) + sample.value
+        return found
+
     def wait_for_metric(self, name: str, value: float, **labels: str) -> None:
         """Wait until a metric has exactly this value."""
         end = time.monotonic() + PATIENCE_SECS
@@ -279,17 +329,43 @@ class Forkd:
             self.process.send_signal(number)
         return self.process.wait(PATIENCE_SECS)
 
+    @contextlib.contextmanager
+    def counting(self, **expected: int) -> Iterator[None]:
+        """What happens inside is counted under exactly these codes (handoff errors as `code`, stream errors as
+        `stream_code`), and leaves no fd behind in any process."""
+
+        def counts() -> dict[str, float]:
+            handoffs = self.counts("forkd_handoff_errors_total")
+            streams = self.counts("forkd_stream_errors_total")
+            return {**handoffs, **{f"stream_{code}": count for code, count in streams.items()}}
+
+        fds, before = self.idle_fds(), counts()
+        yield
+
+        def news() -> dict[str, float]:
+            return {code: count - before.get(code, 0) for code, count in counts().items() if count != before.get(code)}
+
+        end = time.monotonic() + PATIENCE_SECS
+        while (found := news()) != expected:
+            assert time.monotonic() < end, f"counted {found}, not {expected}"
+            time.sleep(0.05)
+        while (left := self.idle_fds()) != fds:
+            assert time.monotonic() < end, f"fds leaked: {fds} became {left}"
+            time.sleep(0.02)
+
     def idle_fds(self) -> tuple[int, ...]:
         """The fd counts of the master and each worker, once nothing is in flight."""
         return tuple(open_fds(pid) for pid in [self.pid, *self.workers()])
 
 
 @contextlib.contextmanager
-def running(directory: Path, **parts: Any) -> Iterator[Forkd]:
+def running(
+    directory: Path, *, ready: bool = True, popen: dict[str, Any] | None = None, **parts: Any
+) -> Iterator[Forkd]:
     """A forkd that is stopped at the end, with everything it started, and its log shown if the test fails."""
     daemon = Forkd(directory, **parts)
     try:
-        yield daemon.start()
+        yield daemon.start(ready=ready, **popen or {})
     except BaseException:
         print(daemon.log()[-20000:])
         print(daemon.output()[-5000:])

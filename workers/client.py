@@ -8,7 +8,8 @@ owner four things: `client_drained` (all that was held back is written), `client
     ENDING    `end` was called with bytes held: as OPEN, and when they are written on to LINGERING
     LINGERING SHUT_WR is done (other copies of the fd, in the master, would otherwise withhold the FIN); what the client
               still sends is read and discarded until it closes its side or the time is up, because closing a socket
-              with unread input sends an RST that can destroy what the client has not read yet
+              with unread input sends an RST that can destroy what the client has not read yet. Nothing waits for this, so
+              it is looked at by the loop's ticks, ever more rarely, and not by the selector: a wake-up costs more
     CLOSED
 
 A client that reads nothing is noticed by its owner (`stalled_secs`), one that vanished by TCP_USER_TIMEOUT. An end of
@@ -19,6 +20,7 @@ for ever is held up by its own window and costs nothing.
 The fd is unregistered before it is closed: with a duplicate open in the master, closing alone would leave it in epoll.
 """
 
+import errno
 import os
 import socket
 from os import write
@@ -30,6 +32,9 @@ from forkd.board import State
 from workers.context import Context
 
 DISCARD_BYTES: Final = 65536
+LINGER_MAX_TICKS: Final = 16
+LINGER_READS: Final = 16
+"""Of DISCARD_BYTES, each tick: a client still sending megabytes is to get to the end of them, and to what it was told."""
 _READ_BYTES: Final = 4096
 _AF_UNIX: Final = int(socket.AF_UNIX)
 _SOCK_STREAM: Final = int(socket.SOCK_STREAM)
@@ -51,7 +56,20 @@ class Owner(Protocol):
 class Client:
     """One client's socket. All methods may be called at any time; after `fd` is -1 they do nothing."""
 
-    __slots__ = ("_context", "_discarded", "_ending", "_events", "_owner", "fd", "held", "progress_at", "sent", "slot")
+    __slots__ = (
+        "_context",
+        "_discarded",
+        "_ending",
+        "_events",
+        "_linger_until",
+        "_owner",
+        "_wait_ticks",
+        "fd",
+        "held",
+        "progress_at",
+        "sent",
+        "slot",
+    )
 
     def __init__(self, context: Context, owner: Owner, fd: int, slot: int) -> None:
         self._context = context
@@ -79,8 +97,8 @@ class Client:
             sent = write(fd, data)
         except BlockingIOError:
             sent = 0
-        except OSError:
-            self._owner.client_gone("client_disconnected")
+        except OSError as error:
+            self._broke(error)
             return
         self.progress_at = self._context.loop.now
         self.sent += sent
@@ -126,8 +144,29 @@ class Client:
             self._discard()
 
     def tick(self) -> None:
-        """Called by the loop: the linger is over."""
-        self.abort()
+        """Called by the loop while lingering: close when the client has closed its side, or the time is up."""
+        fd = self.fd
+        if fd < 0:
+            return
+        context = self._context
+        context.words[context.current] = self.slot + 1
+        wait_ticks = min(self._wait_ticks * 2, LINGER_MAX_TICKS)
+        try:
+            for _ in range(LINGER_READS):
+                if not os.read(fd, DISCARD_BYTES):
+                    self.abort()
+                    return
+                wait_ticks = 1
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.abort()
+            return
+        if context.loop.at >= self._linger_until:
+            self.abort()
+            return
+        self._wait_ticks = wait_ticks
+        context.loop.after(wait_ticks, self)
 
     def crashed(self, error: Exception) -> None:
         """Called by the loop."""
@@ -146,8 +185,8 @@ class Client:
             sent = write(self.fd, held)
         except BlockingIOError:
             return
-        except OSError:
-            self._owner.client_gone("client_disconnected")
+        except OSError as error:
+            self._broke(error)
             return
         self.sent += sent
         self.progress_at = self._context.loop.now
@@ -157,35 +196,38 @@ class Client:
             del held[:sent]
             return
         self.held = None
-        if self._ending:
-            self._watch()
-            self._linger()
-            return
         self._watch()
         self._owner.client_drained()
+        if self._ending:
+            self._linger()
 
     def _discard(self) -> None:
         try:
             data = os.read(self.fd, _READ_BYTES)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
+        except OSError as error:
+            self._broke(error)
+            return
         if not data:
-            if self.lingering:
-                self.abort()
-            else:
-                self._owner.client_gone("client_disconnected")
+            self._owner.client_gone("client_disconnected")
             return
         self._discarded += len(data)
         if self._discarded > DISCARD_BYTES:
             self._watch()
+
+    def _broke(self, error: OSError) -> None:
+        """The connection is no more; by TCP_USER_TIMEOUT (ETIMEDOUT) if the client took nothing for too long."""
+        self._owner.client_gone("write_timeout" if error.errno == errno.ETIMEDOUT else "client_disconnected")
 
     def _linger(self) -> None:
         context = self._context
         # Stored after the last byte is written and before the act: between the two a death is told as an error after
         # the end, which harms nobody; the other way round the client would wait for an end that nobody sends.
         context.states[self.slot] = _ENDED
+        if self._events:
+            context.loop.selector.unregister(self.fd)
+            self._events = 0
         sock = SocketType(_AF_UNIX, _SOCK_STREAM, 0, self.fd)  # os has no shutdown; the family does not matter to it
         try:
             sock.shutdown(_SHUT_WR)
@@ -194,10 +236,9 @@ class Client:
             return
         finally:
             sock.detach()
-        if self._discarded > DISCARD_BYTES:
-            self.abort()
-        else:
-            context.loop.after(context.timings.linger_ticks, self)
+        self._linger_until = context.loop.at + context.timings.linger_ticks
+        self._wait_ticks = 1
+        context.loop.after(1, self)
 
     def _watch(self) -> None:
         """Tell the selector what is waited for now."""

@@ -21,6 +21,8 @@ from forkd.moderation import Moderation
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
+PAUSE_SECS: Final = 0.001
+GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
 
@@ -54,7 +56,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
-        self._moderation = Moderation()
+        self._moderation = Moderation(PAUSE_SECS, GAP_SECS)
         self.now = time.monotonic()
         self.at = int(self.now * TICKS_PER_SEC)
 

@@ -62,7 +62,6 @@ class Worker:
         self._draining = False
         self._hears = True
         self._speaks = True
-        self._dropped = 0
         selector = self._loop.selector
         selector.register(self._channel, 1, _Callback(self._on_channel))
         selector.register(signals.wakeup_fd, 1, _Callback(self._on_signal))
@@ -76,12 +75,12 @@ class Worker:
         beat = 0
         self._say(Up.READY)
         self._housekeeping()
-        while not self._draining or context.streams or context.finished:
+        while not self._draining or context.streams or context.finished or self._returned:
             loop.turn()
             words[current] = 0
             beat += 1
             row.store_beat(beat)
-            if context.finished:
+            if context.finished or self._returned:
                 self._report()
             context.logs.sink.flush()
         self._store_totals()
@@ -98,6 +97,8 @@ class Worker:
                 message = handoff.receive(self._channel, self._room)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # said once of a master that died with messages unread; its own come behind
+                continue
             except OSError:
                 message = None
             if message is None:  # the master is gone, or has no more to say
@@ -114,8 +115,6 @@ class Worker:
                 for fd in message.fds:
                     os.close(fd)
                 self._returned.append((head.slot, head.attempt))
-                self._say(Up.RETURNED, self._returned)
-                self._returned = []
             elif head.kind == Down.ASSIGN:
                 self._reception.assign(head, body, message.fds)
             else:
@@ -130,9 +129,21 @@ class Worker:
     def _on_signal(self) -> None:
         for number in self._signals.take():
             if number == signal.SIGUSR1:
-                self._context.logs.sink.reopen()
+                self._reopen_logs()
             elif not self._draining:
-                self._say(Up.DRAINING)
+                self._ask_to_go()
+
+    def _reopen_logs(self) -> None:
+        sink = self._context.logs.sink
+        try:
+            sink.reopen()
+        except OSError as error:
+            self._context.log.error("cannot reopen %s: %s", sink.path, error.strerror)
+
+    def _ask_to_go(self) -> None:
+        """The master is to send nothing more, then DRAIN."""
+        if not self._say(Up.DRAINING):
+            self._loop.after(1, _Callback(self._ask_to_go))
 
     def _drain(self) -> None:
         """Take no more; `run` ends with the last stream."""
@@ -152,12 +163,12 @@ class Worker:
 
     def _report(self) -> None:
         """Tell the master which slots are free: one message, or a few after a storm; what does not go waits a tick."""
-        finished = self._context.finished
-        while finished:
-            if not self._say(Up.FINISHED, finished[:PAIRS_PER_MESSAGE]):
-                self._loop.after(1, _Callback(self._nothing))
-                return
-            del finished[:PAIRS_PER_MESSAGE]
+        for kind, pairs in ((Up.FINISHED, self._context.finished), (Up.RETURNED, self._returned)):
+            while pairs:
+                if not self._say(kind, pairs[:PAIRS_PER_MESSAGE]):
+                    self._loop.after(1, _Callback(self._nothing))
+                    return
+                del pairs[:PAIRS_PER_MESSAGE]
 
     def _nothing(self) -> None:
         """Wakes the loop, which reports at the end of each turn."""
@@ -168,10 +179,9 @@ class Worker:
         live = len(context.streams)
         self._row.store_streams(live)
         self._store_totals()
-        sink = context.logs.sink
-        if sink.dropped != self._dropped:
-            context.metrics.count("forkd_log_lines_dropped_total", amount=sink.dropped - self._dropped)
-            self._dropped = sink.dropped
+        dropped = context.logs.sink.take_dropped()
+        if dropped:
+            context.metrics.count("forkd_log_lines_dropped_total", amount=dropped)
         context.metrics.flush()
         boot = self._boot
         state = " draining" if self._draining else ""

@@ -56,6 +56,9 @@ class PacedSource:
                 stream.text(text)
                 if self._stream is None:  # the client is gone
                     return
+                if self._paused:
+                    self._text, self._late = "", True
+                    return
             for delay, text in self._steps:  # noqa: B007 - the next step, if there is one
                 break
             else:

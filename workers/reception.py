@@ -5,7 +5,7 @@ import socket
 
 from forkd.board import State
 from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD, Assignment, parse_end_body
-from forkd.handoff import BadDataFd, DataTooLarge, NotAClient, check_client, read_sealed_memfd
+from forkd.handoff import BadDataFd, ClientGone, DataTooLarge, NotAClient, check_client, read_sealed_memfd
 from workers.backends.base import Backend, PacedBackend
 from workers.context import Context
 from workers.paced import PacedSource
@@ -52,6 +52,15 @@ class Reception:
             elif len(request.raw) > self._max_data:
                 code = "payload_too_large"
         stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
+        try:
+            self._begin(stream, request, head, code)
+        except Exception as error:  # a backend's bug: on the way to the loop it would take the whole worker with it
+            stream.crashed(error)
+            stream.tick()
+
+    def _begin(self, stream: Stream, request: Request, head: Assignment, code: str) -> None:
+        """Let the stream be fed, or refuse it with `code`."""
+        context = self._context
         self._warn_of_fields(stream, request)
         context.metrics.observe("daemon_handoff_duration_seconds", context.loop.now - head.received_at)
         backend = None if code else self._backend(request, head.listener)
@@ -62,6 +71,7 @@ class Reception:
         if code or backend is None:
             context.metrics.handoff_failed(code)
             stream.fail(code)
+            stream.tick()
             return
         stream.begin(backend, _source(context, stream, backend, request))
 
@@ -95,8 +105,12 @@ class Reception:
             return remote
         except (NotAClient, OSError) as error:
             context = self._context
-            context.log.warning("a handoff's fd is no client: %s", error)
-            context.metrics.handoff_failed("bad_client_fd")
+            if isinstance(error, ClientGone):
+                context.log.debug("a client was gone before its stream: %s", error)
+                context.metrics.handoff_failed("client_disconnected")
+            else:
+                context.log.warning("a handoff's fd is no client: %s", error)
+                context.metrics.handoff_failed("bad_client_fd")
             context.states[head.slot] = State.ENDED
             for each in fds:
                 os.close(each)

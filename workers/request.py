@@ -106,7 +106,7 @@ def _pairs(headers: dict[str, Any] | list[Any] | None) -> list[Any]:
     if not headers:
         return []
     if isinstance(headers, list):
-        return [pair if isinstance(pair, list) else [str(pair)[:64]] for pair in headers]
+        return [pair if isinstance(pair, list) else [] for pair in headers]
     pairs: list[Any] = []
     for name, value in headers.items():
         pairs += [(name, one) for one in value] if isinstance(value, list) else [(name, value)]

@@ -35,7 +35,7 @@ def fields(pairs: Iterable[Sequence[object]]) -> tuple[bytes, list[str]]:
     refused: list[str] = []
     size = 0
     for pair in pairs:
-        name, value = (str(pair[0]), pair[1]) if len(pair) == 2 else ("", None)
+        name, value = (pair[0], pair[1]) if len(pair) == 2 and isinstance(pair[0], str) else ("", None)
         text = str(value) if isinstance(value, (str, int, float)) else None
         if text is None or not _TOKEN.fullmatch(name) or _CONTROL.search(text):
             refused.append(name[:64])

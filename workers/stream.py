@@ -24,7 +24,7 @@ from workers.context import Context
 from workers.loop import TICKS_PER_SEC
 from workers.request import Request
 
-CHECKUP_TICKS: Final = 2 * TICKS_PER_SEC
+CHECKUP_TICKS: Final = 5 * TICKS_PER_SEC
 """The longest a finished stream is kept in memory by its next checkup."""
 HIGH_WATER_BYTES: Final = 65536
 RETRY_AFTER_SECS: Final = 1
@@ -148,7 +148,8 @@ class Stream:
             self.status = reason.status or 500
             self._context.states[self.slot] = State.OPENING
             retry = RETRY_AFTER_SECS if self.status == 503 else 0
-            self._client.write(response.error_response(self.status, self.request_id, self._fields, body, retry))
+            answer = response.error_response(self.status, self.request_id, self._fields, body, retry)
+            self._client.write(answer.removesuffix(body) if self._method == "HEAD" else answer)
         self._finish(code)
 
     def take_up(self, state: int, code: str) -> None:
@@ -162,7 +163,9 @@ class Stream:
         if state == State.OPENING:
             self.status = REASONS[code].status or 502
             event = response.stream_head(self.request_id, self._fields, self.status) + event
-        elif state == State.PARTIAL:
+        else:
+            # In PARTIAL half an event must be ended. In OPEN it may have to be (that a write was cut short is noted
+            # after it); to a reader of whole events one LF more means nothing.
             event = b"\n" + event
         self._client.write(event)
         self._finish(code)
@@ -171,6 +174,9 @@ class Stream:
 
     def client_drained(self) -> None:
         """Nothing is held for the client any more."""
+        if self.outcome:
+            self._account()
+            return
         if self._context.states[self.slot] != State.ENDED:
             self._context.states[self.slot] = State.OPEN
         if self._paused and self.source is not None:
@@ -179,6 +185,9 @@ class Stream:
 
     def client_gone(self, code: str) -> None:
         """The client cannot be spoken to: stop whatever feeds it."""
+        if self.outcome and self._client.held is not None:  # all was said, and not all of it arrived
+            self.outcome = code
+            self._account()
         self._finish(code, gone=True)
         self._client.abort()
 
@@ -193,7 +202,7 @@ class Stream:
         """A callback of ours raised: a bug. This stream pays for it, no other does."""
         self._context.log.error("stream %s crashed", self.request_id, exc_info=error)
         if self.outcome:
-            self._client.abort()
+            self.client_gone("internal_error")
         else:
             self.fail("internal_error")
 
@@ -256,23 +265,28 @@ class Stream:
             context.states[self.slot] = State.PARTIAL if client.sent >= len(head) else State.FOREIGN
 
     def _finish(self, code: str, *, gone: bool = False) -> None:
-        """The outcome is known: stop the source, keep the books, and end the client unless it is gone. Happens once."""
+        """The outcome is known: stop the source, and end the client unless it is gone. Happens once.
+
+        The books are closed at once, or if something is still held for a slow client, when that is written or lost.
+        """
         if self.outcome:
             return
         self.outcome = code
         source, self.source = self.source, None
         if source is not None:
             source.cancel()
-        self._account()
+        client = self._client
+        if gone or client.held is None:
+            self._account()
         if not gone:
-            self._client.end()
+            client.end()
 
     def _account(self) -> None:
         """The access line and the metrics."""
         context = self._context
         now = context.loop.now
         code = self.outcome
-        sent = self._client.sent + (len(self._client.held) if self._client.held else 0)
+        sent = self._client.sent
         duration = now - self._received_at
         ttfb = self._first_at - self._received_at if self._first_at else -1.0
         backend = self.backend.name if self.backend is not None else ""
