@@ -1,7 +1,7 @@
 """The command line: flags and subcommands. Nothing else knows argv.
 
-Exit status: 0 after an orderly stop, 1 when forkd could not start or run, 2 when the command line or the configuration is
-wrong.
+Exit status: 0 after an orderly stop, 1 when forkd could not start or run, 2 when the command line or the
+configuration is wrong.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Which worker gets this handoff; the queue; when to refuse.
 
-A handoff goes to the ready worker with the fewest active streams (ties rotate), past those whose channel is full and those
-whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full, waits too
-long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a client, by one
-send that cannot block, and only to a client to whom nothing has been said.
+A handoff goes to the ready worker with the fewest active streams (ties rotate), past those whose channel is full and
+those whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full,
+waits too long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a
+client, by one send that cannot block, and only to a client to whom nothing has been said.
 """
 
 import errno
@@ -25,8 +25,8 @@ from forkd.settings import Server
 DISCARD_BYTES: Final = 65536
 _BODY: Final = b'{"error":"%b","code":"%b","request_id":""}'
 TELLING_PATIENCE_SECS: Final = 60.0
-"""How long a client whose answer has begun waits for a worker to tell it: past the longest pause of a crash loop, because
-all that the master could do for it is to close without a word."""
+"""How long a client whose answer has begun waits for a worker to tell it: past the longest pause of a crash loop,
+because all that the master could do for it is to close without a word."""
 _FULL: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
 
 

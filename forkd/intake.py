@@ -1,14 +1,15 @@
 """From a listener's backlog to whole handoffs: the senders' connections, their patience and ours.
 
-A sender connects, sends one message (SEQPACKET; perhaps more, later) or bytes up to the end of file (STREAM), and closes. Nearly
-always all of it is there when we accept, so a connection is read at once and only those that keep us waiting are
-watched. Silent ones are dropped after `handoff_timeout_secs`, and the oldest of them at once when there are more than
-`max_pending_handoffs`: a real sender writes right after connecting, so the oldest silent one is the least likely to.
+A sender connects, sends one message (SEQPACKET; perhaps more, later) or bytes up to the end of file (STREAM), and
+closes. Nearly always all of it is there when we accept, so a connection is read at once and only those that keep us
+waiting are watched. Silent ones are dropped after `handoff_timeout_secs`, and the oldest of them at once when there
+are more than `max_pending_handoffs`: a real sender writes right after connecting, so the oldest silent one is the
+least likely to.
 
 Closing without loss: whatever lies unread in a socket when it is closed is lost without its sender knowing. So a
-connection is first made to refuse (SHUT_RD: the sender's next send fails with EPIPE and it can act), then read empty, then
-closed; and a listener likewise. A STREAM sender cannot be cut like that, because our own SHUT_RD looks like its end of
-file: it gets its time.
+connection is first made to refuse (SHUT_RD: the sender's next send fails with EPIPE and it can act), then read empty,
+then closed; and a listener likewise. A STREAM sender cannot be cut like that, because our own SHUT_RD looks like its
+end of file: it gets its time.
 
 fds: a Sender owns its connection and what it has received so far; `deliver` takes over the fds of a whole handoff.
 """
@@ -229,7 +230,8 @@ class Intake:
                 self._selector.unregister(sender.sock)
 
     def _close_idle(self) -> None:
-        """Close connections that are kept for later handoffs; whoever wants to send by one gets EPIPE and connects anew.
+        """Close connections that are kept for later handoffs; whoever wants to send by one gets EPIPE and connects
+        anew.
 
         Those with an unread message only if there are no others, because to close them is to take in their clients.
         """

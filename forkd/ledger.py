@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
 
 
 class InFlight:
-    """One client in flight. `peer` is the worker that has it, None while it waits. `killed` counts workers it killed."""
+    """One client in flight. `peer` is the worker that has it, None while it waits; `killed` counts those it killed."""
 
     __slots__ = (
         "attempt",
@@ -81,7 +81,9 @@ class Ledger:
     def admit(
         self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, received_at: float
     ) -> InFlight | None:
-        """Enter a client, taking over `fd` and `data_fd` (-1: none); None, with the fds still the caller's, when full."""
+        """Enter a client, taking over `fd` and `data_fd` (-1: none); None, with the fds still the caller's, when
+        full.
+        """
         if self._free:
             slot = self._free.pop()
         elif len(self._entries) < self.capacity:

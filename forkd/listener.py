@@ -1,9 +1,9 @@
 """Unix listeners: owning the path, binding, permissions, peer credentials, closing without loss.
 
 A path belongs to whoever holds the flock on `PATH.lock`. Only the holder may replace a socket file, so two daemons
-started at once cannot both find the other's file stale; and a socket on which something still answers is never replaced,
-lock or no lock, because programs other than forkd take no lock. The lock file itself is never removed: removing a lock
-file that somebody else has open makes two locks of one.
+started at once cannot both find the other's file stale; and a socket on which something still answers is never
+replaced, lock or no lock, because programs other than forkd take no lock. The lock file itself is never removed:
+removing a lock file that somebody else has open makes two locks of one.
 """
 
 import contextlib

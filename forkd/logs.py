@@ -1,8 +1,9 @@
 """Logs that never block: lines go to a sink which drops and counts what it cannot write at once.
 
-Two kinds of lines. *Records* are Python's `logging`, for all that happens now and then; each is written at once. *Access
-lines*, one per finished stream, are formatted by hand (a logging record costs more than the stream's own bookkeeping) and
-leave in batches, once per loop turn. Both look alike, as text (`pretty`) or as one JSON object per line (`json`).
+Two kinds of lines. *Records* are Python's `logging`, for all that happens now and then; each is written at once.
+*Access lines*, one per finished stream, are formatted by hand (a logging record costs more than the stream's own
+bookkeeping) and leave in batches, once per loop turn. Both look alike, as text (`pretty`) or as one JSON object per
+line (`json`).
 
 A process that writes to a full pipe sleeps until somebody reads it. O_NONBLOCK belongs to the open file description,
 which we share with whoever started us, so the sink opens a description of its own through /proc/self/fd where the
@@ -166,9 +167,9 @@ class Formatter(logging.Formatter):
         ttfb_ms = "-" if line.ttfb_ms is None else line.ttfb_ms
         return (
             f"{stamp} ACCESS  {self.process}: request_id={quoted(line.request_id)} user_id={quoted(line.user_id)} "
-            f"remote={quoted(line.remote)} backend={line.backend or '-'} model={quoted(line.model)} status={line.status} "
-            f"bytes={line.bytes} chunks={line.chunks} ttfb_ms={ttfb_ms} duration_ms={line.duration_ms} "
-            f"worker={line.worker} reason={line.reason}"
+            f"remote={quoted(line.remote)} backend={line.backend or '-'} model={quoted(line.model)} "
+            f"status={line.status} bytes={line.bytes} chunks={line.chunks} ttfb_ms={ttfb_ms} "
+            f"duration_ms={line.duration_ms} worker={line.worker} reason={line.reason}"
         )
 
 

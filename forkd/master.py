@@ -1,8 +1,9 @@
 """The master: the loop that ties listeners, ledger, dispatcher and supervisor together, and the signals.
 
 It stays small on purpose, because nothing takes over when it crashes: it parses no JSON, runs no backend and never
-blocks. Its life is RUNNING, then DRAINING (TERM or INT: nothing new is accepted, streams finish), then over. A second TERM or
-INT, or the end of `shutdown_timeout_secs`, ends the streams that are left with `code: shutdown`; QUIT does so at once.
+blocks. Its life is RUNNING, then DRAINING (TERM or INT: nothing new is accepted, streams finish), then over. A second
+TERM or INT, or the end of `shutdown_timeout_secs`, ends the streams that are left with `code: shutdown`; QUIT does so
+at once.
 """
 
 import os
@@ -161,9 +162,8 @@ class Master:
                 self._log.info("%d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
             elif number == signal.SIGUSR1:
                 self._reopen_logs()
-            elif number in (signal.SIGTTIN, signal.SIGTTOU):
-                if self._stage is Stage.RUNNING:
-                    self._supervisor.resize(1 if number == signal.SIGTTIN else -1, time.monotonic())
+            elif self._stage is Stage.RUNNING and number in (signal.SIGTTIN, signal.SIGTTOU):
+                self._supervisor.resize(1 if number == signal.SIGTTIN else -1, time.monotonic())
 
     def _measure_room(self, workers: int) -> tuple[int, int]:
         """The fds this process may have, and the streams that fit into them (RLIMIT_NOFILE less a reserve)."""

@@ -94,7 +94,7 @@ class Metrics:
         cells[-1] += secs
 
     def stream_ended(self, backend: str, sent: int, chunks: int, duration: float, ttfb: float) -> None:
-        """All that is counted of every stream, in one call. `backend` may be "", and `ttfb` negative: there was none."""
+        """All that is counted of every stream. `backend` may be "", and `ttfb` negative: there was none."""
         counts = self._counts
         counts["daemon_bytes_sent_total", ""] += sent
         counts["daemon_chunks_sent_total", ""] += chunks

@@ -1,9 +1,9 @@
 """Fewer wake-ups while busy, as network cards do it.
 
 At a thousand events a second that arrive one by one, waking up costs more than serving the event. So a loop that is
-woken again and again in short order waits a moment before it looks again, and takes what has gathered. An idle loop never
-waits, and a busy one never longer than its `pause_secs`: nobody sees a millisecond or two beside tokens that come 20 to
-50 ms apart.
+woken again and again in short order waits a moment before it looks again, and takes what has gathered. An idle loop
+never waits, and a busy one never longer than its `pause_secs`: nobody sees a millisecond or two beside tokens that
+come 20 to 50 ms apart.
 """
 
 import time
@@ -15,7 +15,8 @@ BUSY_AFTER: Final = 16
 class Moderation:
     """Asked once per turn of a loop, before it waits.
 
-    A loop is busy when it was woken BUSY_AFTER times in a row with less than `gap_secs` between (not counting the pauses).
+    A loop is busy when it was woken BUSY_AFTER times in a row with less than `gap_secs` between (not counting the
+    pauses).
     """
 
     __slots__ = ("_gap_secs", "_pause_secs", "_quick", "_woken_at")

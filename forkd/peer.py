@@ -61,7 +61,9 @@ class Peer:
         """`told` has not found room in the channel yet."""
 
     def tell(self, kind: Down) -> None:
-        """Send DRAIN or STOP, once, and nothing to stream from now on. What finds the channel full goes by `tell_again`."""
+        """Send DRAIN or STOP, once, and nothing to stream from now on. What finds the channel full goes by
+        `tell_again`.
+        """
         if self.told is not None and self.told >= kind:
             return
         self.told = kind

@@ -36,7 +36,8 @@ def raise_open_files_limit(wanted: int) -> int:
 
 def settle_memory() -> None:
     """After start-up: what is there stays (gc.freeze, so that a collection does not unshare pages after a fork), and
-    collections become rare: thousands of live streams are traversed in vain, since nothing here makes cycles on purpose."""
+    collections become rare: thousands of live streams are traversed in vain, since nothing here makes cycles on
+    purpose."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

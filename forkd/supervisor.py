@@ -1,9 +1,9 @@
 """Fork, reap, heartbeat, backoff: keeping the wanted number of workers alive.
 
-A worker is born by fork from the master, which has no threads, with all signals blocked: a signal between the fork and the
-child's own handlers would run the master's. The child closes everything that is not its own (the ledger's clients, the
-listeners, the other channels) before anything else, makes its own selector and leaves by os._exit, so that no object
-of the master's is ever finalised in it.
+A worker is born by fork from the master, which has no threads, with all signals blocked: a signal between the fork
+and the child's own handlers would run the master's. The child closes everything that is not its own (the ledger's
+clients, the listeners, the other channels) before anything else, makes its own selector and leaves by os._exit, so
+that no object of the master's is ever finalised in it.
 
 A worker's death is seen by its pidfd. Then, in this order: wait for it (now nobody else writes to the board), read its
 channel to the end (reports of finished slots may still lie there), and only then decide about its clients.
@@ -86,10 +86,9 @@ class Supervisor:
         serving = sum(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
         if self._killing:
             return
-        if self._draining:  # a worker is wanted only where clients wait for one: those of a worker that died
-            missing = 1 if self.dispatcher.queued and not serving else 0
-        else:
-            missing = self.wanted - serving
+        # During a drain a worker is wanted only where clients wait for one: those of a worker that died.
+        wanted = min(1, self.dispatcher.queued) if self._draining else self.wanted
+        missing = wanted - serving
         for _ in range(missing):
             if now < self._next_birth:
                 return
@@ -187,7 +186,14 @@ class Supervisor:
         finally:
             process.restore_signals(before)
             theirs.close()
-        peer = Peer(index, self.generation, pid, os.pidfd_open(pid), ours, row)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # no fd left: a worker that we could not watch must not be
+            ours.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        peer = Peer(index, self.generation, pid, pidfd, ours, row)
         self._board.peer_row(index).store_born(pid, self.generation)
         self.peers.append(peer)
         self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))

@@ -1,7 +1,7 @@
 """What the whole-system tests share: a running forkd, handing over clients to it, reading what they get.
 
-Everything is real: a daemon process, its socket, client sockets. Nothing here sleeps to let something happen: `wait_for` asks for
-a condition until it holds, and gives up after a time that no working program needs.
+Everything is real: a daemon process, its socket, client sockets. Nothing here sleeps to let something happen:
+`wait_for` asks for a condition until it holds, and gives up after a time that no working program needs.
 """
 
 import contextlib
@@ -212,7 +212,9 @@ def open_fds(pid: int) -> int:
 
 @dataclass
 class Forkd:
-    """A running daemon. `config` is the YAML as a dict; sections of it may be given and are merged over the tests' own."""
+    """A running daemon. `config` is the YAML as a dict; sections of it may be given and are merged over the tests'
+    own.
+    """
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -244,9 +246,7 @@ class Forkd:
         file.write_text(yaml.safe_dump(base))
         with open(self.directory / "output", "wb") as output:
             streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(  # noqa: S603
-                [*self.command, "-c", str(file), *self.arguments], **{**streams, **popen}
-            )
+            self.process = subprocess.Popen([*self.command, "-c", str(file), *self.arguments], **{**streams, **popen})
         if ready:
             wanted = base["workers"]["count"]
             wait_for(lambda: self.log().count(" ready (pid") >= wanted or self._exited(), "workers ready")

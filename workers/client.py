@@ -8,14 +8,15 @@ owner four things: `client_drained` (all that was held back is written), `client
     ENDING    `end` was called with bytes held: as OPEN, and when they are written on to LINGERING
     LINGERING SHUT_WR is done (other copies of the fd, in the master, would otherwise withhold the FIN); what the client
               still sends is read and discarded until it closes its side or the time is up, because closing a socket
-              with unread input sends an RST that can destroy what the client has not read yet. Nothing waits for this, so
-              it is looked at by the loop's ticks, ever more rarely, and not by the selector: a wake-up costs more
+              with unread input sends an RST that can destroy what the client has not read yet. Nothing waits for
+              this, so it is looked at by the loop's ticks, ever more rarely, and not by the selector: a wake-up costs
+              more
     CLOSED
 
 A client that reads nothing is noticed by its owner (`stalled_secs`), one that vanished by TCP_USER_TIMEOUT. An end of
 file from the client is a disconnect, also when it closed one half only: no browser does that to a stream it still
-reads. What a client sends is discarded, DISCARD_BYTES in all; then nobody reads it any more, so that a client which sends
-for ever is held up by its own window and costs nothing.
+reads. What a client sends is discarded, DISCARD_BYTES in all; then nobody reads it any more, so that a client which
+sends for ever is held up by its own window and costs nothing.
 
 The fd is unregistered before it is closed: with a duplicate open in the master, closing alone would leave it in epoll.
 """
@@ -34,7 +35,9 @@ from workers.context import Context
 DISCARD_BYTES: Final = 65536
 LINGER_MAX_TICKS: Final = 16
 LINGER_READS: Final = 16
-"""Of DISCARD_BYTES, each tick: a client still sending megabytes is to get to the end of them, and to what it was told."""
+"""Of DISCARD_BYTES, each tick: a client still sending megabytes is to get to the end of them, and to what it was
+told.
+"""
 _READ_BYTES: Final = 4096
 _AF_UNIX: Final = int(socket.AF_UNIX)
 _SOCK_STREAM: Final = int(socket.SOCK_STREAM)
@@ -81,6 +84,8 @@ class Client:
         self.progress_at = context.loop.now
         self._discarded = 0
         self._ending = False
+        self._linger_until = 0
+        self._wait_ticks = 1
         self._events = EVENT_READ
         os.set_blocking(fd, False)
         context.loop.selector.register(fd, EVENT_READ, self)
@@ -197,8 +202,9 @@ class Client:
             return
         self.held = None
         self._watch()
+        ending = self._ending
         self._owner.client_drained()
-        if self._ending:
+        if ending:
             self._linger()
 
     def _discard(self) -> None:

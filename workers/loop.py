@@ -8,8 +8,8 @@ go out in batches: adding is an append, expiring is a walk over a list, and the 
 deadlines. Nothing is ever cancelled: whoever no longer cares returns at once when its callback comes up. Deadlines far
 away therefore re-check every second or two rather than pin a dead object until they are due.
 
-Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to the object that raised it (`crashed`), which
-ends its own stream, and the loop goes on.
+Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to the object that raised it (`crashed`),
+which ends its own stream, and the loop goes on.
 """
 
 import selectors

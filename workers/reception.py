@@ -91,7 +91,9 @@ class Reception:
         stream.tick()
 
     def _check(self, head: Assignment, fds: tuple[int, ...]) -> str | None:
-        """The client's address, with its socket tuned; None, with every fd closed and the slot reported, if it is none."""
+        """The client's address, with its socket tuned; None, with every fd closed and the slot reported, if it is
+        none.
+        """
         fd = fds[0]
         try:
             family, remote = check_client(fd)

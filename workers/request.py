@@ -1,8 +1,8 @@
 """What a handoff asks for: the envelope's request and the application's data, typed and checked.
 
-Whatever is wrong with the data is an answer, never an exception that travels: `parse` returns a Request whose `fault` names
-it, with everything else at its default, because backends that cost nothing answer such a handoff all the same and
-because even an error answer wants the application's response headers.
+Whatever is wrong with the data is an answer, never an exception that travels: `parse` returns a Request whose `fault`
+names it, with everything else at its default, because backends that cost nothing answer such a handoff all the same
+and because even an error answer wants the application's response headers.
 """
 
 import re
@@ -18,7 +18,9 @@ _REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 
 
 class HandoffData(msgspec.Struct, kw_only=True):
-    """The application's data. Unknown keys are ignored. Numbers may come as strings and an empty map as `[]`, for PHP."""
+    """The application's data. Unknown keys are ignored. Numbers may come as strings and an empty map as `[]`, for
+    PHP.
+    """
 
     prompt: str | None = None
     messages: list[Any] | None = None

@@ -1,7 +1,7 @@
 """One stream: its client, what answers it, its deadlines, its outcome.
 
-Theory of operation. A stream is made for a client that arrived, is fed by a *source* (text, then done, or a failure), and
-ends once. Three questions decide what each act means, and each has one field:
+Theory of operation. A stream is made for a client that arrived, is fed by a *source* (text, then done, or a failure),
+and ends once. Three questions decide what each act means, and each has one field:
 
     status   0 until the head is written: a failure is still an HTTP status; then 200: a failure is an event
     outcome  "" while it lives; then the code it ended with ("ok" or one of `forkd.reasons`): whatever a source still
