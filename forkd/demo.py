@@ -39,8 +39,7 @@ TEXT: Final = (
     "front door read your question, gave this very connection to forkd over a Unix socket, and forgot about it. The "
     "master passed it on to the worker with the fewest streams, and that worker is writing to your browser now, one "
     "server-sent event for each word. Press Stop, and it notices at once. Kill it (ps shows it as 'forkd: worker 1'), "
-    "and you are told in good order, while another takes its place. For a real model start me as 'forkd demo --backend "
-    "openai' with OPENAI_API_KEY in the environment."
+    "and you are told in good order, while another takes its place."
 )
 """What the mock backend says in the demo."""
 _PR_SET_PDEATHSIG: Final = 1

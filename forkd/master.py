@@ -170,6 +170,8 @@ class Master:
         server = self._settings.server
         reserve = FDS_BASE + FDS_PER_WORKER * workers + server.max_pending_handoffs
         limit = process.raise_open_files_limit(server.max_connections + reserve)
+        if limit < FDS_BASE + FDS_PER_WORKER * workers:
+            raise OSError(f"the limit of open files is {limit}, too low for {workers} workers; raise LimitNOFILE")
         reserve = min(reserve, limit // 2)
         capacity = min(server.max_connections, limit - reserve) if server.ledger else server.max_connections
         if capacity < server.max_connections:
