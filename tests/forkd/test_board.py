@@ -1,0 +1,94 @@
+"""The board: shared memory that outlives who wrote on it."""
+
+import os
+import signal
+
+from forkd.board import WORKERS_MAX, Board, Kind, State
+
+
+def test_it_starts_empty() -> None:
+    board = Board(10)
+    assert board.slots == len(board.states) == len(board.kinds) == 10
+    assert set(board.states) == {State.FREE}
+    assert set(board.kinds) == {Kind.PLAIN}
+    row = board.row(1)
+    assert (row.beat, row.current, row.streams, row.totals) == (0, 0, 0, (0, 0, 0, 0))
+
+
+def test_no_two_cells_overlap() -> None:
+    board = Board(3)
+    for index in (0, 1, WORKERS_MAX - 1):
+        row = board.row(index)
+        row.store_beat(1000 + index)
+        row.store_current(2000 + index)
+        row.store_streams(3000 + index)
+        row.store_totals(1, 2, 3, 2**63 + index)
+        peer = board.peer_row(index)
+        peer.store_born(4000 + index, 5)
+        peer.store("ready", 6, late=True)
+    board.master_row().store(
+        beat_ms=1, stage="draining", generation=2, ready=3, streams=4, queued=5, peak=6, capacity=7, room=8
+    )
+    for slot in range(3):
+        board.states[slot] = State.PARTIAL
+        board.kinds[slot] = Kind.BARE
+    for index in (0, 1, WORKERS_MAX - 1):
+        row = board.row(index)
+        assert (row.beat, row.current, row.streams) == (1000 + index, 2000 + index, 3000 + index)
+        assert row.totals == (1, 2, 3, 2**63 + index)
+        peer = board.peer_row(index)
+        assert (peer.life, peer.pid, peer.generation, peer.streams, peer.late) == ("ready", 4000 + index, 5, 6, True)
+    master = board.master_row()
+    assert (master.beat_ms, master.stage, master.generation, master.ready) == (1, "draining", 2, 3)
+    assert (master.streams, master.queued, master.peak, master.capacity, master.room) == (4, 5, 6, 7, 8)
+    assert bytes(board.states) == bytes([State.PARTIAL] * 3)
+    assert bytes(board.kinds) == bytes([Kind.BARE] * 3)
+    assert board.row(2).beat == board.row(2).current == 0
+
+
+def test_a_row_can_be_cleared_for_the_next_worker_of_its_index() -> None:
+    board = Board(1)
+    board.row(4).store_beat(9)
+    board.row(5).store_beat(10)
+    board.row(4).store_totals(1, 1, 1, 1)
+    board.row(4).clear()
+    assert board.row(4).beat == 0
+    assert board.row(4).totals == (0, 0, 0, 0)
+    assert board.row(5).beat == 10
+
+
+def test_restarts_outlive_the_workers_they_count() -> None:
+    peer = Board(1).peer_row(3)
+    for asked in (False, True, False):
+        peer.store_born(1, 1)
+        assert peer.life == "starting"
+        peer.store_gone(asked=asked)
+        assert peer.life == ""
+    assert peer.restarts == 2
+
+
+def test_the_hot_cell_is_the_slot_in_hand() -> None:
+    row = Board(1).row(6)
+    words, at = row.cell_of_current()
+    words[at] = 42
+    assert row.current == 42
+    assert row.beat == row.streams == 0
+
+
+def test_what_a_killed_process_wrote_is_there_for_the_others() -> None:
+    board = Board(100)
+    pid = os.fork()
+    if pid == 0:
+        board.row(1).store_current(78)
+        board.states[77] = State.OPENING
+        os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert board.row(1).current == 78
+    assert board.states[77] == State.OPENING
+
+
+def test_states_are_in_the_order_of_what_has_happened() -> None:
+    """The ledger compares them."""
+    assert State.GIVEN < State.COMMITTED < State.OPENING < State.OPEN < State.ENDED
+    assert State.FREE == 0
