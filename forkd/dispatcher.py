@@ -59,13 +59,14 @@ class Dispatcher:
         self._queue_timeout = server.queue_timeout_secs
         self._watch_full = watch_full
         self._queue: deque[InFlight] = deque()
+        self._arrived: list[InFlight] = []
         self._turn = 0
         self.peers: list[Peer] = []
 
     @property
     def queued(self) -> int:
         """How many clients wait for a worker."""
-        return len(self._queue)
+        return len(self._queue) + len(self._arrived)
 
     def receive(
         self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
@@ -84,8 +85,20 @@ class Dispatcher:
         if code:
             metrics.handoff_failed(code)
             entry.verdict = Verdict(State.GIVEN, code)
-        if self._queue or not self._give(entry):
-            self._enqueue(entry)
+        self._arrived.append(entry)
+
+    def dispatch(self) -> None:
+        """Give out what `receive` took in; called once per turn, when all that was there is received.
+
+        Not at once, because while fds are on their way in any Unix socket, each closing of one makes the kernel look
+        for cycles of them (unix_gc), which costs more than the handoff: so all senders are closed first.
+        """
+        if not self._arrived:
+            return
+        arrived, self._arrived = self._arrived, []
+        for entry in arrived:
+            if self._queue or not self._give(entry):
+                self._enqueue(entry)
 
     def finished(self, peer: Peer, slot: int, attempt: int) -> None:
         """A worker is done with a slot; ignored when the slot is not its own any more."""
@@ -135,22 +148,28 @@ class Dispatcher:
 
     def give_up_all(self, code: str) -> None:
         """Refuse all that waits."""
+        self.dispatch()
         while self._queue:
             self._give_up(self._queue.popleft(), code)
 
     def recover(self, peer: Peer, now: float) -> dict[str, int]:
         """Decide about every client of a dead worker, and count the decisions."""
         outcomes: dict[str, int] = {}
-        killer = peer.row.current - 1
+        suspect = peer.row.current - 1
+        waiting: deque[InFlight] = deque()
         for entry in self._ledger.orphans(peer):
-            outcome = self._ledger.judge(entry, killer=entry.slot == killer)
+            outcome = self._ledger.judge(entry, killer=entry.slot == suspect)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if outcome == "closed":
                 self._hang_up(entry.fd)
                 self._ledger.release(entry)
             else:
                 entry.waits_since = now
-                self._queue.append(entry)
+                if entry.slot == suspect:  # first, so that if it kills again, the others behind it have not begun
+                    waiting.appendleft(entry)
+                else:
+                    waiting.append(entry)
+        self._queue = waiting + self._queue  # they were here before whoever came since the death
         for outcome, count in outcomes.items():
             self._metrics.count("forkd_streams_recovered_total", outcome, count)
         self.pump()

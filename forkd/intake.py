@@ -11,6 +11,10 @@ connection is first made to refuse (SHUT_RD: the sender's next send fails with E
 then closed; and a listener likewise. A STREAM sender cannot be cut like that, because our own SHUT_RD looks like its
 end of file: it gets its time.
 
+Out of fds: a message that is read without room for its fds has lost its client for good. So before that nothing more is
+accepted or read until streams end; and connections that only idle are closed to make room, since their senders can
+connect again.
+
 fds: a Sender owns its connection and what it has received so far; `deliver` takes over the fds of a whole handoff.
 """
 

@@ -99,12 +99,17 @@ class Listener:
                 sock.bind(self.path)
             finally:
                 os.umask(before)
+        except BaseException:
+            sock.close()
+            raise
+        try:
             if settings.group is not None:
                 os.chown(self.path, -1, _group(settings.group))
             os.chmod(self.path, settings.mode)
             sock.listen(BACKLOG)
         except BaseException:
             sock.close()
+            os.unlink(self.path)
             raise
         return sock
 

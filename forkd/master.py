@@ -140,6 +140,7 @@ class Master:
             if now >= next_tick:
                 next_tick = now + TICK_SECS
                 self._tick(now)
+            self._dispatcher.dispatch()
         return self._leave()
 
     def _waits(self) -> bool:

@@ -5,6 +5,7 @@ Everything is real: a daemon process, its socket, client sockets. Nothing here s
 """
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -208,6 +209,12 @@ def reset(sock: socket.socket) -> None:
 def open_fds(pid: int) -> int:
     """How many fds a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def own_fds() -> int:
+    """How many fds this process has open, without those that wait for the garbage collector."""
+    gc.collect()
+    return open_fds(os.getpid())
 
 
 @dataclass

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forkd import channel, handoff
 from forkd.channel import Assignment, Down, Up
-from tests.harness import open_fds
+from tests.harness import own_fds
 
 UINT32 = st.integers(0, 2**32 - 1)
 
@@ -25,7 +25,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("body", [b"\0", b"x" * channel.MAX_BODY_BYTES], ids=["small", "largest"])
 def test_a_message_down_with_its_fds(pair: tuple[socket.socket, socket.socket], count: int, body: bytes) -> None:
-    before = open_fds(os.getpid())
+    before = own_fds()
     head = Assignment(7, 2, Down.ASSIGN, channel.DATA_FD, 3, 12.5)
     with open("/dev/null", "rb") as null:
         channel.send_down(pair[0], head, body, [null.fileno()] * count)
@@ -37,7 +37,7 @@ def test_a_message_down_with_its_fds(pair: tuple[socket.socket, socket.socket], 
     assert len(message.fds) == count
     for fd in message.fds:
         os.close(fd)
-    assert open_fds(os.getpid()) == before
+    assert own_fds() == before
 
 
 def test_a_full_channel_says_so_and_takes_nothing(pair: tuple[socket.socket, socket.socket]) -> None:

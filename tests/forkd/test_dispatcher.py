@@ -64,6 +64,7 @@ class Office:
         client, server = socket.socketpair()
         self.clients.append(client)
         self.dispatcher.receive(server.detach(), data_fd, payload, 0, 0, now, code)
+        self.dispatcher.dispatch()
         return client
 
     def heard(self, peer: Peer) -> list[tuple[Assignment, bytes]]:
@@ -299,6 +300,19 @@ def test_only_the_slot_that_was_being_handled_is_suspected(office: Office) -> No
     entry = office.ledger.get(1)
     assert entry is not None
     assert entry.verdict == Verdict(State.GIVEN, "poison")
+
+
+def test_orphans_come_before_newcomers_and_the_suspect_first(office: Office) -> None:
+    dead = office.hire()
+    for name in (b"a", b"b", b"suspect"):
+        office.receive(name)
+    dead.life = Life.DEAD
+    office.receive(b"newcomer")
+    dead.row.store_current(3)
+    office.dispatcher.recover(dead, 1.0)
+    heir = office.hire()
+    office.dispatcher.pump()
+    assert [body for _, body in office.heard(heir)] == [b"suspect", b"a", b"b", b"newcomer"]
 
 
 def test_orphans_whose_answer_has_begun_wait_longer_than_the_queue_timeout(office: Office) -> None:

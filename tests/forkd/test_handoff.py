@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forkd import handoff
-from tests.harness import open_fds, reset, send, tcp_pair, wait_for
+from tests.harness import own_fds, reset, send, tcp_pair, wait_for
 
 ROOM = bytearray(handoff.MAX_MESSAGE_BYTES)
 
 
 @pytest.fixture(autouse=True)
 def no_fd_leaks() -> Iterator[None]:
-    before = open_fds(os.getpid())
+    before = own_fds()
     yield
-    assert open_fds(os.getpid()) == before
+    assert own_fds() == before
 
 
 @pytest.fixture

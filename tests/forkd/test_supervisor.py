@@ -83,6 +83,7 @@ class House:
     def receive(self, payload: bytes = b"{}") -> socket.socket:
         client, server = socket.socketpair()
         self.dispatcher.receive(server.detach(), -1, payload, 0, 0, 0.0)
+        self.dispatcher.dispatch()
         return client
 
     def start(self, count: int) -> None:
@@ -335,3 +336,4 @@ def test_a_message_is_told_again_with_each_tick(tmp_path: Path) -> None:
             return not own.peers
 
         own.turn_until(ticked, "it was told and has gone")
+        assert "is silent for" not in own.log.read_text()

@@ -730,7 +730,7 @@ def few_fds(limit: int) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("limit", [64, 128])
 def test_a_master_short_of_fds_lets_them_wait_and_recovers(tmp_path: Path, limit: int) -> None:
-    slow = {"mock": {"provider": "mock", "token_delay_ms": 30}}
+    slow = {"mock": {"provider": "mock", "token_delay_ms": 10}}
     config = {"server": {"queue_timeout_secs": 60, "handoff_timeout_secs": 60}, "backends": slow}
     with running(tmp_path, config=config, command=few_fds(limit)) as daemon:
         before = daemon.idle_fds()
@@ -749,7 +749,7 @@ def test_a_master_short_of_fds_lets_them_wait_and_recovers(tmp_path: Path, limit
 
 def test_a_master_short_of_fds_loses_no_client_of_a_persistent_sender(tmp_path: Path) -> None:
     """Idle connections have taken the room that the clients of a busy one need."""
-    backends = {"mock": {"provider": "mock", "token_delay_ms": 30}, "quick": {"provider": "mock", "token_delay_ms": 0}}
+    backends = {"mock": {"provider": "mock", "token_delay_ms": 10}, "quick": {"provider": "mock", "token_delay_ms": 0}}
     with running(tmp_path, config={"backends": backends}, command=few_fds(64)) as daemon, ExitStack() as stack:
         before = daemon.idle_fds()
         senders = []

@@ -54,12 +54,20 @@ def bare(path: Path, *arguments: str, **environment: str) -> Iterator["subproces
         env={**os.environ, **environment},
     )
     try:
-        wait_for(lambda: path.exists() or process.poll() is not None, "the socket")
+        wait_for(lambda: listens(path) or process.poll() is not None, "the socket")
         yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGQUIT)
         process.communicate(timeout=20)
+
+
+def listens(path: Path) -> bool:
+    try:
+        connect(path).close()
+    except OSError:  # not there yet, or bound and not yet listening
+        return False
+    return True
 
 
 def ask(path: Path, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> bool:

@@ -3,6 +3,7 @@
 import collections
 import errno
 import os
+import select
 import signal
 import socket
 import threading
@@ -313,15 +314,6 @@ def test_a_master_that_is_killed(tmp_path: Path) -> None:
 def test_handoffs_in_the_channel_of_a_master_that_is_gone(tmp_path: Path) -> None:
     """A worker reads them, even when the master died with reports unread: then the kernel first says ECONNRESET."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    clients = []
-    for slot in range(3):
-        client, server = socket.socketpair()
-        with server:
-            head = Assignment(slot, 1, Down.ASSIGN, 0, 0, time.monotonic())
-            send_down(ours, head, prompt(), [server.fileno()])
-        clients.append(client)
-    theirs.send(b"a report that nobody reads")
-    ours.close()
     theirs.setblocking(False)
     logs = Logs(Sink(str(tmp_path / "log")), "info", "pretty", access=True)
     pid = os.fork()
@@ -332,6 +324,18 @@ def test_handoffs_in_the_channel_of_a_master_that_is_gone(tmp_path: Path) -> Non
         finally:
             os._exit(0)
     theirs.close()
+    assert select.select([ours], [], [], 20)[0]  # READY is there, and stays unread
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    clients = []
+    for slot in range(3):
+        client, server = socket.socketpair()
+        with server:
+            head = Assignment(slot, 1, Down.ASSIGN, 0, 0, time.monotonic())
+            send_down(ours, head, prompt(), [server.fileno()])
+        clients.append(client)
+    ours.close()
+    os.kill(pid, signal.SIGCONT)
     assert fates(read_answers(clients)) == {"complete": 3}
     os.waitpid(pid, 0)
     os.close(logs.sink.fd)

@@ -1,0 +1,73 @@
+"""The paced backends, without a socket and without waiting."""
+
+import itertools
+
+import pytest
+
+from forkd.settings import HttpBackend, Settings
+from forkd.settings import MockBackend as MockSettings
+from forkd.settings import TypingBackend as TypingSettings
+from workers.backends import registry
+from workers.backends.mock import MockBackend
+from workers.backends.typing import TypingBackend
+from workers.request import HandoffData
+
+NOTHING = HandoffData()
+
+
+def test_mock_says_its_text_word_by_word() -> None:
+    steps = list(MockBackend("mock", "one two  three", 0.05).steps(HandoffData(prompt="ignored")))
+    assert steps == [(0.0, "one "), (0.05, "two "), (0.05, "three"), (0.05, "")]
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    backend = MockBackend("mock", "one two", 0)
+    first, second = backend.steps(NOTHING), backend.steps(NOTHING)
+    next(first)
+    assert [text for _, text in first] == ["two", ""]
+    assert [text for _, text in second] == ["one ", "two", ""]
+
+
+@pytest.mark.parametrize("text", ["", "   "])
+def test_mock_with_nothing_to_say_ends_at_once(text: str) -> None:
+    assert list(MockBackend("mock", text, 1).steps(NOTHING)) == [(0.0, "")]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Hello, you! How are you?", "a", "  spaces  first", "\n\nlines\n", "ünïcödé 😀😀😀😀😀"]
+)
+def test_typing_types_the_prompt_back(prompt: str) -> None:
+    steps = list(TypingBackend("typing", "text", 0.03, 0.5).steps(HandoffData(prompt=prompt)))
+    assert "".join(text for _, text in steps) == prompt.rstrip()
+    assert steps[0][0] == 0
+    assert all(len(text.strip()) <= 4 for _, text in steps)
+    for (_, before), (delay, _) in itertools.pairwise(steps):
+        longest = 4 if before[-1] in ".!?" else 1
+        assert 0.015 * longest <= delay <= 0.045 * longest
+
+
+def test_typing_without_a_prompt_types_its_text() -> None:
+    backend = TypingBackend("typing", "its text", 0.03, 0.0)
+    assert [text for _, text in backend.steps(NOTHING)] == ["its", " text"]
+    assert [delay for delay, _ in backend.steps(NOTHING)] == [0.0, 0.03]
+    assert list(backend.steps(HandoffData(prompt=""))) == list(backend.steps(NOTHING))
+
+
+def test_the_registry_builds_what_it_can() -> None:
+    settings = Settings(
+        backends={
+            "quick": MockSettings(token_delay_ms=10, text="a b"),
+            "other": TypingSettings(text="c"),
+            "paid": HttpBackend(),
+        }
+    )
+    built = registry.build(settings)
+    assert [(name, type(backend).__name__) for name, backend in built.items()] == [
+        ("quick", "MockBackend"),
+        ("other", "TypingBackend"),
+    ]
+    assert [backend.name for backend in built.values()] == ["quick", "other"]
+    quick = built["quick"]
+    assert isinstance(quick, MockBackend)
+    assert list(quick.steps(NOTHING)) == [(0.0, "a "), (0.01, "b"), (0.01, "")]
+    assert not quick.costs_money

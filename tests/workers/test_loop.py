@@ -1,0 +1,149 @@
+"""The loop: readiness, time, and errors that stay with whoever made them."""
+
+import os
+import socket
+from selectors import EVENT_READ, EVENT_WRITE
+
+import pytest
+
+from tests.workers.kit import World
+from workers.loop import LONGEST_SLEEP_SECS, Loop, to_ticks
+
+
+class Probe:
+    """Notes what is called, and at which tick."""
+
+    def __init__(self, world: World, name: str = "", log: list[tuple[str, int]] | None = None) -> None:
+        self.world = world
+        self.name = name
+        self.log: list[tuple[str, int]] = [] if log is None else log
+        self.errors: list[Exception] = []
+        self.fails = False
+
+    def tick(self) -> None:
+        self.log.append((self.name, self.world.loop.at))
+        if self.fails:
+            raise ValueError(self.name)
+
+    def on_ready(self, mask: int) -> None:
+        self.log.append((self.name, mask))
+        if self.fails:
+            raise ValueError(self.name)
+
+    def crashed(self, error: Exception) -> None:
+        self.errors.append(error)
+
+
+def test_deadlines_come_in_order_each_at_its_tick(world: World) -> None:
+    log: list[tuple[str, int]] = []
+    start = world.loop.at
+    for name, ticks in (("c", 30), ("a", 10), ("b", 20), ("a2", 10), ("soon", 0), ("past", -5)):
+        world.loop.after(ticks, Probe(world, name, log))
+    world.advance(1)
+    assert log == [
+        ("soon", start + 1),
+        ("past", start + 1),
+        ("a", start + 10),
+        ("a2", start + 10),
+        ("b", start + 20),
+        ("c", start + 30),
+    ]
+
+
+def test_a_deadline_set_in_a_deadline_comes_in_a_later_tick(world: World) -> None:
+    class Again(Probe):
+        def tick(self) -> None:
+            super().tick()
+            if len(self.log) < 5:
+                self.world.loop.after(0, self)
+
+    again = Again(world)
+    start = world.loop.at
+    world.loop.after(1, again)
+    world.advance(1)
+    assert [at for _, at in again.log] == [start + 1, start + 2, start + 3, start + 4, start + 5]
+
+
+def test_a_loop_that_was_held_up_keeps_everybodys_pace(world: World) -> None:
+    """What was due is done late, and its followers count from when it was due."""
+
+    class Every(Probe):
+        def tick(self) -> None:
+            super().tick()
+            self.world.loop.after(10, self)
+
+    every = Every(world)
+    start = world.loop.at
+    world.loop.after(10, every)
+    world.clock.now += 1.0
+    world.loop.turn()
+    assert [at - start for _, at in every.log] == list(range(10, 101, 10))
+    assert world.loop.at - start == pytest.approx(100, abs=1)
+
+
+def test_it_wakes_to_show_that_it_lives(world: World) -> None:
+    before = world.clock.now
+    world.loop.turn()
+    assert world.clock.now - before == pytest.approx(LONGEST_SLEEP_SECS, abs=0.01)
+    assert world.loop.now == pytest.approx(world.clock.now, abs=0.01)
+
+
+def test_errors_go_to_whoever_made_them(world: World) -> None:
+    log: list[tuple[str, int]] = []
+    bad, good = Probe(world, "bad", log), Probe(world, "good", log)
+    bad.fails = True
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for probe in (bad, good):
+            world.loop.after(1, probe)
+        world.loop.selector.register(ours, EVENT_READ | EVENT_WRITE, bad)
+        world.loop.selector.register(theirs, EVENT_WRITE, good)
+        world.loop.turn()
+        world.loop.selector.unregister(ours)
+        world.loop.selector.unregister(theirs)
+    world.advance(0.1)
+    assert {name for name, _ in log} == {"bad", "good"}
+    assert len(bad.errors) == 2
+    assert good.errors == []
+
+
+def test_the_real_clock_too() -> None:
+    loop = Loop()
+    done: list[float] = []
+
+    class Done:
+        def tick(self) -> None:
+            done.append(loop.now)
+
+        def crashed(self, error: Exception) -> None:
+            raise error
+
+    started = loop.now
+    loop.after(3, Done())
+    for _ in range(1000):
+        loop.turn()
+        if done:
+            break
+    assert done[0] - started >= 0.02
+    loop.selector.close()
+
+
+@pytest.mark.parametrize(("secs", "ticks"), [(0, 1), (0.001, 1), (0.014, 1), (0.016, 2), (1, 100), (300, 30_000)])
+def test_to_ticks(secs: float, ticks: int) -> None:
+    assert to_ticks(secs) == ticks
+
+
+def test_a_readable_fd_is_told_until_it_is_read(world: World) -> None:
+    read_end, write_end = os.pipe()
+    probe = Probe(world, "r")
+    world.loop.selector.register(read_end, EVENT_READ, probe)
+    os.write(write_end, b"x")
+    world.loop.turn()
+    world.loop.turn()
+    assert probe.log == [("r", EVENT_READ)] * 2
+    os.read(read_end, 1)
+    world.loop.turn()
+    assert len(probe.log) == 2
+    world.loop.selector.unregister(read_end)
+    os.close(read_end)
+    os.close(write_end)
