@@ -20,7 +20,7 @@ from forkd import process
 from forkd.auxiliary import Auxiliary
 from forkd.board import Board
 from forkd.dispatcher import Dispatcher
-from forkd.intake import Intake
+from forkd.intake import Intake, Sender
 from forkd.ledger import Ledger
 from forkd.listener import Listener
 from forkd.logs import Logs
@@ -136,12 +136,25 @@ class Master:
             now = time.monotonic()
             moderation.woken(now)
             for key, mask in events:
-                key.data.on_ready(mask)
-            if now >= next_tick:
-                next_tick = now + TICK_SECS
-                self._tick(now)
-            self._dispatcher.dispatch()
+                try:
+                    key.data.on_ready(mask)
+                except Exception:
+                    self._survive(f"serving {type(key.data).__name__}")
+                    if isinstance(key.data, Sender):
+                        self._intake.drop(key.data)
+            try:
+                if now >= next_tick:
+                    next_tick = now + TICK_SECS
+                    self._tick(now)
+                self._dispatcher.dispatch()
+            except Exception:
+                self._survive("the tick")
         return self._leave()
+
+    def _survive(self, what: str) -> None:
+        """A bug of ours must cost no more than what it hit: every stream there is hangs on this process."""
+        self._metrics.count("forkd_master_errors_total")
+        self._log.exception("a bug in the master, in %s; going on", what)
 
     def _waits(self) -> bool:
         """Whether somebody still hands over, or waits for a worker."""

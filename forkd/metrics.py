@@ -60,6 +60,7 @@ SPECS: Final[dict[str, Spec]] = {
     "forkd_streams_recovered_total": Spec(
         "counter", "Streams of dead workers, by what became of them", "outcome", values=_OUTCOMES
     ),
+    "forkd_master_errors_total": Spec("counter", "Bugs in the master that it survived; each is in the log"),
     "forkd_worker_deaths_total": Spec("counter", "Workers that died unasked"),
     "forkd_handoff_warnings_total": Spec("counter", "Handoffs answered with defaults, by what was wrong", "code"),
     "forkd_response_headers_refused_total": Spec("counter", "Application response headers that could not pass"),

@@ -22,6 +22,7 @@ from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
 from forkd.settings import Server, Settings, Workers
 from forkd.supervisor import BACKOFF_MAX_SECS, LATE_SECS, TICK_SECS, Supervisor
+from tests.harness import wait_for
 
 Run = Callable[[Boot], None]
 
@@ -190,7 +191,8 @@ def test_reports_of_a_worker_that_died_with_messages_unread_are_heard(tmp_path: 
         victim = own.peers[0]
         own.supervisor.wanted = 0
         client = own.receive()
-        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        look = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        wait_for(lambda: os.waitid(os.P_PID, victim.pid, look), "it has reported and died")
         own.supervisor.on_death(victim)  # not a turn of the loop in between: the report is read after the death
         assert own.ledger.count == 0
         assert "streams: none in flight" in own.log.read_text()
