@@ -99,6 +99,12 @@ def expects_data_fd(payload: bytes, *, envelopes: bool) -> bool:
     return envelopes and len(payload) > 1 and payload[0] == SOH and bool(payload[1] & DATA_IN_MEMFD)
 
 
+def understands_flags(payload: bytes, *, envelopes: bool) -> bool:
+    """Whether the envelope, if it is one, asks for nothing that is unknown here (a client under TLS, as of now)."""
+    known = DATA_IN_MEMFD | CLIENT_RELAYED
+    return not envelopes or len(payload) < 2 or payload[0] != SOH or not payload[1] & ~known
+
+
 def split_envelope(payload: bytes) -> tuple[int, bytes, bytes]:
     """Take an envelope apart: its flags, its line of JSON, and the data behind it. Raises BadEnvelope."""
     end = payload.find(b"\n", 2)

@@ -71,7 +71,8 @@ class Sender:
         self._chunks: list[bytes] = []
         self._bytes = 0
         self._fds: tuple[int, ...] = ()
-        self._silence = "no_payload"
+        self._silence = ""
+        """Why it was told to stop; a sender that comes and goes by itself (a health check does) is no failure."""
 
     def on_ready(self, _mask: int = 0) -> None:
         """Read what is there, a bounded number of messages, as long as there is room for their fds."""
@@ -97,7 +98,7 @@ class Sender:
         if message is None:
             if self.listener.is_stream and (self._chunks or self._fds):
                 self._finish(b"".join(self._chunks))
-            elif not self.served:
+            elif self._silence and not self.served:
                 intake.metrics.handoff_failed(self._silence)
         elif not self.listener.is_stream:
             self.served = True
@@ -286,8 +287,6 @@ class Intake:
                 served = True
                 message = handoff.receive(sock, self.room)
             if message is None:
-                if not served:
-                    self.metrics.handoff_failed("no_payload")
                 sock.close()
                 return
             self.accept_message(listener, message)
@@ -323,6 +322,13 @@ class Intake:
             code = "out_of_fds" if message.fds_truncated else "no_fd"
             self.log.warning("a handoff on %s lost its client: %s", listener.path, code)
             self.metrics.handoff_failed(code)
+            return
+        if not handoff.understands_flags(payload, envelopes=listener.settings.envelope):
+            # Under TLS, or something newer than we are: whatever we said to this client could be taken for garbage.
+            self.log.warning("a handoff on %s needs what this version does not have: refused", listener.path)
+            self.metrics.handoff_failed("unsupported_flags")
+            for fd in fds:
+                os.close(fd)
             return
         if len(fds) != expected:
             code = "out_of_fds" if message.fds_truncated and len(fds) < expected else "bad_handoff"

@@ -175,6 +175,7 @@ class Ledger:
         if state == State.GIVEN and entry.payload is not None:
             return "redispatched"
         entry.verdict = Verdict(state, "worker_lost")
+        entry.killed = 0
         return "ended"
 
     def _close(self, entry: InFlight) -> None:

@@ -31,7 +31,7 @@ class Reason(NamedTuple):
 _TABLE = (
     # A handoff that cannot become a stream. Without a usable client there is nobody to tell: status 0.
     Reason("no_fd", 0, Metric.OTHER, "The handoff carried no file descriptor"),
-    Reason("no_payload", 0, Metric.OTHER, "The handoff carried no payload"),
+    Reason("unsupported_flags", 0, Metric.OTHER, "The handoff needs something that this version does not have"),
     Reason("bad_client_fd", 0, Metric.OTHER, "The file descriptor is no connected stream socket"),
     Reason("sender_timeout", 0, Metric.TIMEOUT, "The sender connected and sent nothing"),
     Reason("sender_evicted", 0, Metric.OTHER, "Too many senders were silent at once"),

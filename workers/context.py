@@ -23,15 +23,19 @@ class Timings:
     heartbeat: float
     max_duration: float
     linger_ticks: int
+    checkup_ticks: int
+    """The longest between two looks at a stream's deadlines, and the longest that a finished one stays in memory."""
 
     @classmethod
     def of(cls, settings: Settings) -> "Timings":
         server = settings.server
+        shortest = min(secs for secs in (server.write_timeout_secs, server.heartbeat_secs, 10.0) if secs)
         return cls(
             server.write_timeout_secs,
             server.heartbeat_secs,
             server.max_stream_duration_secs,
             to_ticks(server.linger_secs),
+            to_ticks(shortest / 2),
         )
 
 

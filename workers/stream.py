@@ -24,8 +24,6 @@ from workers.context import Context
 from workers.loop import TICKS_PER_SEC
 from workers.request import Request
 
-CHECKUP_TICKS: Final = 5 * TICKS_PER_SEC
-"""The longest a finished stream is kept in memory by its next checkup."""
 HIGH_WATER_BYTES: Final = 65536
 RETRY_AFTER_SECS: Final = 1
 
@@ -102,7 +100,7 @@ class Stream:
         """Let `source` feed the stream."""
         self.backend = backend
         self.source = source
-        self._context.loop.after(CHECKUP_TICKS, self)
+        self._context.loop.after(self._context.timings.checkup_ticks, self)
         if self._method == "HEAD":
             self._open(b"")
             self._finish("ok")
@@ -243,7 +241,8 @@ class Stream:
         self._come_again(wait)
 
     def _come_again(self, wait: float) -> None:
-        self._context.loop.after(int(min(wait * TICKS_PER_SEC + 1, CHECKUP_TICKS)), self)
+        context = self._context
+        context.loop.after(int(min(wait * TICKS_PER_SEC + 1, context.timings.checkup_ticks)), self)
 
     # Inside.
 

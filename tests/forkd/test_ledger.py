@@ -173,11 +173,12 @@ def test_innocents_are_given_on_however_many_workers_die(ledger: Ledger) -> None
 
 
 @pytest.mark.parametrize("state", BEGUN)
-def test_a_killer_that_had_begun_is_told_once_and_given_up_when_the_telling_kills_too(
+def test_a_killer_that_had_begun_is_told_and_given_up_only_when_the_telling_kills_twice(
     ledger: Ledger, board: Board, state: State
 ) -> None:
     entry = admit(ledger)
     board.states[entry.slot] = state
+    assert ledger.judge(entry, killer=True) == "ended"
     assert ledger.judge(entry, killer=True) == "ended"
     assert ledger.judge(entry, killer=False) == "ended"
     assert ledger.judge(entry, killer=True) == "closed"

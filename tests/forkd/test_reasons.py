@@ -45,9 +45,12 @@ def test_every_code_that_the_program_names_exists() -> None:
                 named |= {
                     each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)
                 }
-            elif isinstance(node, ast.Assign) and any(
-                isinstance(each, ast.Name) and each.id == "code" for each in node.targets
-            ) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            elif (
+                isinstance(node, ast.Assign)
+                and any(isinstance(each, ast.Name) and each.id == "code" for each in node.targets)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
                 named.add(node.value.value)
     assert len(named) > 10
     assert named - {""} <= REASONS.keys()

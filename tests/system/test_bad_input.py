@@ -331,7 +331,7 @@ def test_data_that_is_no_good_is_answered_with_defaults(forkd: Forkd) -> None:
 
 def test_an_empty_message_is_an_end_and_nothing_else(forkd: Forkd) -> None:
     client, server = socket.socketpair()
-    with forkd.counting(no_payload=1, bad_handoff=1, stream_bad_handoff=1):
+    with forkd.counting(bad_handoff=1, stream_bad_handoff=1):
         with connect(forkd.path) as sender:
             sender.send(b"")
         with server, connect(forkd.path) as sender:
@@ -339,8 +339,16 @@ def test_an_empty_message_is_an_end_and_nothing_else(forkd: Forkd) -> None:
         check_refusal(read_answer(client), 400, "bad_handoff")
 
 
+@pytest.mark.parametrize("flags", [0x02, 0x03, 0x80])
+def test_flags_of_a_later_version_are_refused_without_a_word(forkd: Forkd, flags: int) -> None:
+    """Plain text within TLS would be garbage to the client: the connection is closed, and that is all."""
+    with forkd.counting(unsupported_flags=1):
+        answer = forkd.ask(envelope({"method": "GET"}, b'{"prompt":"x"}', flags=flags))
+    assert answer.raw == b""
+
+
 def test_a_sender_that_says_nothing_and_goes(forkd: Forkd) -> None:
-    with forkd.counting(no_payload=2):
+    with forkd.counting():
         connect(forkd.path).close()
         connect(sibling(forkd, "stream"), socket.SOCK_STREAM).close()
 
@@ -407,7 +415,6 @@ def test_an_unknown_backend_in_the_data(forkd: Forkd) -> None:
 BROKEN = [
     b"\x01",
     b"\x01\0",
-    b"\x01\n",
     b"\x01\0\n",
     b"\x01\0{}",
     b'\x01\0{"request":{}',
