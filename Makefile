@@ -19,16 +19,16 @@ demo:
 	@exec .venv/bin/forkd demo $(DEMO_ARGS)
 
 demo-apache:
-	@scripts/bootstrap test
+	@scripts/bootstrap apache
 	@exec scripts/demo-apache
 
 test:
 	@scripts/bootstrap test
-	@scripts/lint
-	.venv/bin/python -m pytest $(TEST_ARGS)
+	@lint=0; scripts/lint || lint=$$?; .venv/bin/python -m pytest $(TEST_ARGS) || exit $$?; \
+		[ $$lint = 0 ] || { echo "The tests passed, but lint did not: make lint" >&2; exit 1; }
 
 lint:
-	@scripts/bootstrap test
+	@scripts/bootstrap lint
 	@scripts/lint
 
 bench:

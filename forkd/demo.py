@@ -64,9 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to serve it on (127.0.0.1: this machine alone)"
     )
-    parser.add_argument(
-        "--backend", metavar="NAME", default="mock", help="what answers: mock (default), typing, or openai"
-    )
+    parser.add_argument("--backend", metavar="NAME", default="mock", help="what answers: mock (default) or typing")
     parser.add_argument("--workers", metavar="N", default="2", help="how many workers, or auto (2)")
     parser.add_argument(
         "--token-delay-ms", metavar="MS", type=_delay, help="between two pieces of mock's or typing's text"

@@ -104,7 +104,7 @@ class Listener:
             raise
         try:
             if settings.group is not None:
-                os.chown(self.path, -1, _group(settings.group))
+                self._give_to_group(settings.group)
             os.chmod(self.path, settings.mode)
             sock.listen(BACKLOG)
         except BaseException:
@@ -112,6 +112,15 @@ class Listener:
             os.unlink(self.path)
             raise
         return sock
+
+    def _give_to_group(self, group: str | int) -> None:
+        try:
+            os.chown(self.path, -1, _group(group))
+        except PermissionError as error:
+            raise ListenError(
+                f"cannot give {self.path} to the group {group}: you are neither root nor in that group "
+                "(socket_group of the configuration; null leaves the group as it is)"
+            ) from error
 
     def allows(self, sender: socket.SocketType) -> bool:
         """Whether the process that connected may hand over (SO_PEERCRED, SO_PEERGROUPS; unix(7))."""

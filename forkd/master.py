@@ -6,6 +6,7 @@ TERM or INT, or the end of `shutdown_timeout_secs`, ends the streams that are le
 at once.
 """
 
+import logging
 import os
 import selectors
 import shutil
@@ -26,7 +27,7 @@ from forkd.listener import Listener
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
-from forkd.settings import Settings, worker_count
+from forkd.settings import Server, Settings, worker_count
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 
 END_GRACE_SECS: Final = 3.0
@@ -81,6 +82,8 @@ class Master:
             raise
         metrics_listener = self._bind_metrics()
         process.drop_privileges(server.user, server.group)
+        if os.geteuid() == 0:
+            self._log.warning("workers run as root: name a user in server.user")
         self._metrics_dir = self._make_metrics_dir()
         self._metrics = Metrics(self._metrics_dir, "master")
         self._selector = selectors.DefaultSelector()
@@ -189,9 +192,11 @@ class Master:
         reserve = min(reserve, limit // 2)
         capacity = min(server.max_connections, limit - reserve) if server.ledger else server.max_connections
         if capacity < server.max_connections:
-            self._log.warning(
+            chosen = server.max_connections != Server().max_connections
+            self._log.log(
+                logging.WARNING if chosen else logging.INFO,
                 "max_connections is %d instead of %d: the limit of open files is %d, and %d are kept in reserve; raise "
-                "LimitNOFILE",
+                "it (ulimit -n, or LimitNOFILE under systemd) for more",
                 capacity,
                 server.max_connections,
                 limit,
@@ -230,7 +235,11 @@ class Master:
         try:
             listener = exposition.bind(address)
         except OSError as error:
-            self._log.error("cannot serve metrics on %s: %s; going on without", address, error.strerror)
+            self._log.error(
+                "cannot serve metrics on %s: %s; going on without (another address: metrics.listen_addr)",
+                address,
+                error.strerror,
+            )
             return None
         self._log.info("metrics on http://%s/metrics", exposition.address_of(listener))
         return listener

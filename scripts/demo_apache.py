@@ -6,6 +6,7 @@ Nothing of the system's own Apache is touched: everything lives in a temporary d
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,15 @@ def main() -> int:
     if mpm not in ("prefork", "event", "worker"):
         print(f"MPM={mpm}: expected prefork, event or worker", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            print(f"cannot serve on port {port}: {error.strerror}; choose another: make demo-apache PORT=8091")
+            return 1
     with public_dir() as site, public_dir(0o777) as run:
         docroot = site / "htdocs"
         shutil.copytree(PAGE, docroot)

@@ -1,4 +1,4 @@
-"""Fixtures of the Apache tests: one server per MPM for the whole run, a daemon's socket directory per server."""
+"""Fixtures of the Apache tests: one server per MPM for each module, a daemon's socket directory per server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from harness import Apache, public_dir
 MPMS = ("prefork", "worker", "event")
 
 
-@pytest.fixture(scope="session", params=MPMS)
+@pytest.fixture(scope="module", params=MPMS)
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     with public_dir() as docroot, public_dir() as prefix:
         make_docroot(docroot)

@@ -86,8 +86,8 @@ def free_port() -> int:
 
 
 def php_library() -> Path:
-    """mod_php of the installed PHP."""
-    found = sorted(MODULE_DIR.glob("libphp*.so"))
+    """mod_php of the installed PHP, or that of a package which was only unpacked (see scripts/bootstrap)."""
+    found = sorted([*MODULE_DIR.glob("libphp*.so"), *(ROOT / "build" / "mod_php").glob("**/libphp*.so")])
     if not found:
         raise FileNotFoundError(f"no libphp*.so in {MODULE_DIR}: install libapache2-mod-php")
     return found[-1]

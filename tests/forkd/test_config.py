@@ -7,6 +7,7 @@ import copy
 import grp
 import os
 import pickle
+import pwd
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -738,9 +739,10 @@ def test_any_value_of_any_key_loads_or_is_refused(
 
 def test_the_example_file_is_the_defaults_and_names_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grp, "getgrnam", lambda name: None)  # www-data need not exist here
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: None)
     example_file = ROOT / "etc" / "forkd.yaml"
     loaded = load(str(example_file), {}, {})
-    assert loaded == (Settings(server=Server(socket_group="www-data")), [])
+    assert loaded == (Settings(server=Server(socket_group="www-data", user="www-data", group="www-data")), [])
     text = example_file.read_text()
     missing = [key for key in known_keys() if not re.search(rf"^[# -]*{key.rpartition('.')[2]}:", text, re.MULTILINE)]
     assert missing == []
