@@ -18,12 +18,13 @@ BACKENDS = {
     "mock": {"provider": "mock", "token_delay_ms": 10},
     "slow": {"provider": "mock", "token_delay_ms": 200},
     "fast": {"provider": "mock", "token_delay_ms": 0},
+    "still": {"provider": "mock", "token_delay_ms": 3_600_000},  # one word, then silence
 }
 
 
 @contextlib.contextmanager
 def forkd_of(directory: Path, workers: int = 2, *, ready: bool = True, **config: Any) -> Iterator[Forkd]:
-    """A forkd that can be made to crash (see tests/crashing_forkd.py), with backends of three paces."""
+    """A forkd that can be made to crash (see tests/crashing_forkd.py), with backends of several paces."""
     own = {"count": workers, **config.pop("workers_more", {})}
     quiet = {"level": "info", "access": False}
     whole = {"workers": own, "backends": BACKENDS, "logging": quiet, **config}

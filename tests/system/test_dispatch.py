@@ -31,7 +31,7 @@ def worker_of(answer: Answer) -> str:
 def test_the_load_is_shared_and_ps_shows_it(tmp_path: Path) -> None:
     with forkd_of(tmp_path, workers=4) as forkd:
         with connect(forkd.path) as sender:
-            clients = hand_over_many(sender, [prompt(backend="slow")] * 402)
+            clients = hand_over_many(sender, [prompt(backend="still")] * 402)
         begun(clients)
         wait_for(lambda: streams(forkd) == [100, 100, 101, 101], "each has its share")
         name = re.escape(str(tmp_path / "forkd.yaml"))
@@ -42,27 +42,29 @@ def test_the_load_is_shared_and_ps_shows_it(tmp_path: Path) -> None:
         names = sorted(title(pid) for pid in forkd.workers())
         for index, name in enumerate(names, 1):
             assert re.fullmatch(rf"forkd: worker {index} \[gen 1\] streams=10[01]", name)
-        assert fates(read_answers(clients)) == {"complete": 402}
+        for client in clients:
+            client.close()
         wait_for(lambda: streams(forkd) == [0, 0, 0, 0], "the titles are up to date")
 
 
 def test_the_least_loaded_worker_is_chosen(tmp_path: Path) -> None:
     with forkd_of(tmp_path) as forkd, connect(forkd.path) as sender:
-        clients = hand_over_many(sender, [prompt(backend="slow")] * 20)
+        clients = hand_over_many(sender, [prompt(backend="still")] * 20)
         begun(clients)
         wait_for(lambda: streams(forkd) == [10, 10], "each has its share")
         os.kill(ready_pids(forkd)[0], signal.SIGKILL)
         wait_for(lambda: len(ready_pids(forkd)) == 3, "a new worker is ready")
-        clients += hand_over_many(sender, [prompt(backend="slow")] * 6)
+        clients += hand_over_many(sender, [prompt(backend="still")] * 6)
         wait_for(lambda: streams(forkd) == [6, 10], "all six go to the new one")
-        assert fates(read_answers(clients)) == {"worker_lost": 10, "complete": 16}
+        for client in clients:
+            client.close()
 
 
 def test_more_clients_than_max_connections(tmp_path: Path) -> None:
     with forkd_of(tmp_path, server={"max_connections": 10}) as forkd:
         before = open_fds(forkd.pid)
         with connect(forkd.path) as sender:
-            live = hand_over_many(sender, [prompt(backend="slow")] * 10)
+            live = hand_over_many(sender, [prompt(backend="still")] * 10)
             begun(live)
             client, server = socket.socketpair()
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # unread input must not turn the refusal into a reset
@@ -73,7 +75,8 @@ def test_more_clients_than_max_connections(tmp_path: Path) -> None:
         assert refused.header("retry-after") == "1"
         assert refused.header("connection") == "close"
         assert not refused.reset
-        assert fates(read_answers(live)) == {"complete": 10}
+        for client in live:
+            client.close()
         settled(forkd, before)
         assert fate(forkd.ask()) == "complete"
         forkd.wait_for_metric("daemon_connections_rejected_total", 1)
