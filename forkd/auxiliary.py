@@ -47,6 +47,11 @@ class Auxiliary:
         self._failures = 0
         self._next_birth = 0.0
 
+    @property
+    def pid(self) -> int:
+        """Of the process, 0 while there is none."""
+        return self._pid
+
     def maintain(self, now: float) -> None:
         """Start it if it is not there; called each tick."""
         if self._pid or now < self._next_birth:

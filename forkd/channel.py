@@ -3,7 +3,7 @@
 Down, one message each: a fixed head, then a body, and the fds that belong to it.
 
     ASSIGN  body: the handoff's payload as it came. fds: the client, then perhaps a memfd.
-    END     body: END_HEAD (the state the client was left in), the code, LF, the payload if still kept. fd: the client.
+    END     body: one byte (the state the client was left in), the code, LF, the payload if still kept. fd: the client.
             Someone else could not go on with this client: tell it, in the way that state calls for.
     DRAIN   no more handoffs will come: finish what there is, then exit.
     STOP    end every stream now, with `code: shutdown`, then exit.

@@ -25,6 +25,14 @@ from forkd.settings import HttpBackend, ListenerSettings, Settings, default_sock
 AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
+# Understood, but without effect so far: whoever sets one is told.
+INEFFECTIVE_KEYS: Final = (
+    ("server", "headers_after_secs"),
+    ("server", "drain_timeout_secs"),
+    ("server", "data_dir"),
+    ("workers", "max_streams"),
+    ("workers", "max_rss_mb"),
+)
 
 # The reference's variables, and what each sets.
 ENVIRONMENT: Final[Mapping[str, str]] = {
@@ -94,7 +102,7 @@ def load(
     _check(settings, walk)
     if walk.faults:
         raise ConfigError(walk.faults)
-    return Loaded(settings, _warnings(environ))
+    return Loaded(settings, _warnings(environ) + _ineffective(settings))
 
 
 def _read_file(path: str | None) -> tuple[dict[Any, Any], list[str]]:
@@ -110,6 +118,16 @@ def _read_file(path: str | None) -> tuple[dict[Any, Any], list[str]]:
     if not isinstance(data, dict):
         raise ConfigError([f"{name}: expected a mapping of settings, got {kind_of(data)}"])
     return data, [f"{name}: {duplicate}" for duplicate in duplicates]
+
+
+def _ineffective(settings: Settings) -> list[str]:
+    """What is set and does nothing yet."""
+    defaults = Settings()
+    return [
+        f"{section}.{key}: has no effect in this version"
+        for section, key in INEFFECTIVE_KEYS
+        if getattr(getattr(settings, section), key) != getattr(getattr(defaults, section), key)
+    ]
 
 
 def _warnings(environ: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Which worker gets this handoff; the queue; when to refuse.
 
-A handoff goes to the ready worker with the fewest active streams (ties rotate), past those whose channel is full and
+A handoff goes to the ready worker with the fewest active streams (ties rotate; of those that arrive in the same turn
+two may go to the same worker, because to wake one worker is cheaper than two), past those whose channel is full and
 those whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full,
 waits too long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a
 client, by one send that cannot block, and only to a client to whom nothing has been said.
@@ -60,6 +61,8 @@ class Dispatcher:
         self._watch_full = watch_full
         self._queue: deque[InFlight] = deque()
         self._arrived: list[InFlight] = []
+        self._favourite: Peer | None = None
+        self._refused: dict[str, int] = {}
         self._turn = 0
         self.peers: list[Peer] = []
 
@@ -96,6 +99,7 @@ class Dispatcher:
         if not self._arrived:
             return
         arrived, self._arrived = self._arrived, []
+        self._favourite = None
         for entry in arrived:
             if self._queue or not self._give(entry):
                 self._enqueue(entry)
@@ -127,6 +131,11 @@ class Dispatcher:
         """There is room again in a channel, or a fd in a worker."""
         peer.full = False
         self.pump()
+
+    def take_refused(self) -> dict[str, int]:
+        """How many clients got a 503 since the last time, by code."""
+        refused, self._refused = self._refused, {}
+        return refused
 
     def pump(self) -> None:
         """Give what waits to whoever can take it."""
@@ -193,6 +202,17 @@ class Dispatcher:
             ):
                 best = peer
         self._turn += 1
+        favourite = self._favourite
+        if (
+            best is not None
+            and favourite is not None
+            and favourite.active <= best.active + 1
+            and favourite.life is Life.READY
+            and not favourite.full
+            and not favourite.late
+        ):
+            return favourite
+        self._favourite = best
         return best
 
     def _give(self, entry: InFlight) -> bool:
@@ -245,6 +265,7 @@ class Dispatcher:
     def _refuse(self, fd: int, code: str) -> None:
         """The prepared 503; `fd` stays the caller's."""
         self._metrics.count("daemon_connections_rejected_total")
+        self._refused[code] = self._refused.get(code, 0) + 1
         self._metrics.handoff_failed(code)
         self._hang_up(fd, refusal(code))
 

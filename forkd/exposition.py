@@ -43,8 +43,9 @@ _ATTEMPTS: Final = 4
 _TEXT: Final = "text/plain; charset=utf-8"
 
 _HANDLED: Final = (signal.SIGUSR1,)
-_IGNORED: Final = (
+_IGNORED: Final = (  # it ends when the master does, whatever a terminal or `kill` says to the whole group
     signal.SIGINT,
+    signal.SIGTERM,
     signal.SIGQUIT,
     signal.SIGHUP,
     signal.SIGUSR2,
@@ -284,8 +285,7 @@ class Exposition:
     def run(self, lifeline: int) -> None:
         """Serve until the master has gone."""
         callbacks = _Callbacks(lifeline, self._logs)
-        for number in (signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         process.restore_signals(set())
         process.Title().show(f"forkd: metrics [{address_of(self._listener)}]", time.monotonic())
         selector = selectors.DefaultSelector()

@@ -33,6 +33,8 @@ CLIENT_RELAYED: Final = 0x04
 NO_DATA: Final = b"\0"
 MAX_INLINE_BYTES: Final = 65536
 """Data longer than this travels in a memfd: a message takes 212,960 bytes at most with default buffers."""
+ENVELOPE_MAX_BYTES: Final = 131072
+"""Room for an envelope beside the data, where both come as one."""
 MAX_MESSAGE_BYTES: Final = 262144
 """Room for one received message; more than the kernel lets a sender with default buffers send."""
 

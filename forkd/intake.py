@@ -39,7 +39,6 @@ MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
-ENVELOPE_MAX_BYTES: Final = 131072
 
 
 class Deliver(Protocol):
@@ -112,6 +111,7 @@ class Sender:
     def _gather(self, message: handoff.Message) -> bool:
         """Add a piece of a STREAM handoff; False when there is too much of it."""
         self._fds += message.fds
+        self._intake.gathered += len(message.fds)
         self._chunks.append(message.payload)
         self._bytes += len(message.payload)
         if message.fds_truncated or len(self._fds) > FDS_MAX:
@@ -124,6 +124,7 @@ class Sender:
 
     def _finish(self, payload: bytes, *, truncated: bool = False, fds_truncated: bool = False) -> None:
         fds, self._fds = self._fds, ()
+        self._intake.gathered -= len(fds)
         self._chunks = []
         self.served = True
         self._intake.accept_message(self.listener, handoff.Message(payload, fds, truncated, fds_truncated))
@@ -151,6 +152,7 @@ class Sender:
         """Close the connection and whatever of a handoff was incomplete: the sender still has that client."""
         for fd in self._fds:
             os.close(fd)
+        self._intake.gathered -= len(self._fds)
         self._fds = ()
         self.sock.close()
 
@@ -171,7 +173,7 @@ class Intake:
     ) -> None:
         self.metrics = metrics
         self.log = log
-        self.max_bytes = server.max_data_bytes + ENVELOPE_MAX_BYTES
+        self.max_bytes = server.max_data_bytes + handoff.ENVELOPE_MAX_BYTES
         self.room = bytearray(handoff.MAX_MESSAGE_BYTES)
         self._selector = selector
         self._listeners = listeners
@@ -182,6 +184,7 @@ class Intake:
         self._patience = server.handoff_timeout_secs
         self._silent: dict[Sender, None] = {}
         self._idle: set[Sender] = set()
+        self.gathered = 0
         self._paused = True
         self._stopped = False
         self._to_empty: list[Listener] = []
@@ -189,8 +192,8 @@ class Intake:
 
     @property
     def senders(self) -> int:
-        """Open connections from senders."""
-        return len(self._silent) + len(self._idle)
+        """Open connections from senders, and fds of handoffs that are not whole yet."""
+        return len(self._silent) + len(self._idle) + self.gathered
 
     @property
     def stopped(self) -> bool:
@@ -303,10 +306,13 @@ class Intake:
 
     def empty_backlogs(self) -> None:
         """After `stop`: accept what still waits; called each tick, because fds may be short."""
-        while self._to_empty and self._fds_left() > 0:
+        while self._to_empty:
             try:
-                while self.accept_one(self._to_empty[0]):
-                    pass
+                while self._fds_left() > 0:
+                    if not self.accept_one(self._to_empty[0]):
+                        break
+                else:
+                    return
             except OutOfFds:
                 return
             self._to_empty.pop(0).close()

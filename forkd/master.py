@@ -81,11 +81,13 @@ class Master:
                 listener.close()
             raise
         metrics_listener = self._bind_metrics()
-        process.drop_privileges(server.user, server.group)
+        process.drop_privileges(server.user, server.group, [logs.sink.fd] if logs.sink.path else [])
         if os.geteuid() == 0:
             self._log.warning("workers run as root: name a user in server.user")
         self._metrics_dir = self._make_metrics_dir()
         self._metrics = Metrics(self._metrics_dir, "master")
+        if self._metrics.fault is not None:
+            self._log.error("going on without metrics: %s", self._metrics.fault)
         self._selector = selectors.DefaultSelector()
         self._board = Board(capacity)
         self._ledger = Ledger(self._board, capacity, keep=server.ledger)
@@ -179,8 +181,21 @@ class Master:
                 self._log.info("%d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
             elif number == signal.SIGUSR1:
                 self._reopen_logs()
+            elif number == signal.SIGCHLD:
+                self._reap_strangers()
             elif self._stage is Stage.RUNNING and number in (signal.SIGTTIN, signal.SIGTTOU):
                 self._supervisor.resize(1 if number == signal.SIGTTIN else -1, time.monotonic())
+
+    def _reap_strangers(self) -> None:
+        """Wait for orphans that the kernel gave us as PID 1. Our own children are seen by their pidfds."""
+        own = {peer.pid for peer in self._supervisor.peers}
+        if self._exposition is not None:
+            own.add(self._exposition.pid)
+        try:
+            while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid not in own:
+                os.waitpid(dead.si_pid, 0)
+        except ChildProcessError:
+            pass
 
     def _measure_room(self, workers: int) -> tuple[int, int]:
         """The fds this process may have, and the streams that fit into them (RLIMIT_NOFILE less a reserve)."""
@@ -299,6 +314,9 @@ class Master:
         forgotten = self._ledger.sweep()
         if forgotten:
             self._log.warning("%d payloads forgotten: too many bytes wait for their streams to begin", forgotten)
+        refused = self._dispatcher.take_refused()
+        if refused:
+            self._log.warning("refused with 503: %s", ", ".join(f"{count} {code}" for code, count in refused.items()))
         metrics = self._metrics
         dropped = self._logs.sink.take_dropped()
         if dropped:

@@ -32,6 +32,8 @@ class Spec(NamedTuple):
 
 
 BUCKETS: Final = 15
+FILE_BYTES: Final = 256 << 10
+"""Room for thirty backends with two histograms each."""
 _REASONS: Final = tuple(Metric)
 _OUTCOMES: Final = ("redispatched", "ended", "poison", "closed")
 """What `forkd.ledger.Ledger.judge` returns."""
@@ -75,12 +77,21 @@ BOUNDS: Final = {
 
 
 class Metrics:
-    """This process's counts. With `directory` None they are kept and never written (`--benchmark`)."""
+    """This process's counts. With `directory` None they are kept and never written (`--benchmark`).
+
+    Neither are they where the files cannot be had; then `fault` says why, for the owner's log. Streams matter more.
+    """
 
     def __init__(self, directory: str | None, key: str) -> None:
         self._counts: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._observed: dict[tuple[str, str], list[float]] = {}
-        self._files = _open(directory, key) if directory is not None else None
+        self.fault: OSError | None = None
+        self._files: dict[str, Any] | None = None
+        if directory is not None:
+            try:
+                self._files = _open(directory, key)
+            except OSError as error:
+                self.fault = error
 
     def count(self, name: str, label: str = "", amount: float = 1) -> None:
         """Add to a counter."""
@@ -125,11 +136,12 @@ class Metrics:
         """Add what has gathered since the last time to the files."""
         if self._files is None:
             return
-        for (name, label), amount in self._counts.items():
+        counts, self._counts = self._counts, defaultdict(float)
+        for (name, label), amount in counts.items():
             metric = self._files[name]
             (metric.labels(label) if label else metric).inc(amount)
-        self._counts.clear()
-        for (name, label), cells in self._observed.items():
+        observed, self._observed = self._observed, {}
+        for (name, label), cells in observed.items():
             metric = self._files[name]
             child = metric.labels(label) if label else metric
             # prometheus_client can observe one value at a time only; these are the cells that its observe() adds to.
@@ -137,7 +149,20 @@ class Metrics:
                 if amount:
                     bucket.inc(amount)
             child._sum.inc(cells[-1])
-        self._observed.clear()
+
+
+def _allocate(directory: str, key: str) -> None:
+    """Make the files with all the room they will need: on a full disk this is an error now, a sparse file SIGBUS later.
+
+    The library takes the size of an existing file as its capacity, and begins a file of zeros as a new one.
+    """
+    for kind in ("counter", "histogram", *(["gauge_mostrecent"] if key == "master" else [])):
+        fd = os.open(os.path.join(directory, f"{kind}_{key}.db"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_size < FILE_BYTES:
+                os.posix_fallocate(fd, 0, FILE_BYTES)
+        finally:
+            os.close(fd)
 
 
 def _open(directory: str, key: str) -> dict[str, Any]:
@@ -148,6 +173,7 @@ def _open(directory: str, key: str) -> dict[str, Any]:
     """
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values  # noqa: PLC0415
 
+    _allocate(directory, key)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     values.ValueClass = values.MultiProcessValue(lambda: key)  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()

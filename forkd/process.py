@@ -7,6 +7,7 @@ import os
 import pwd
 import resource
 import signal
+import stat
 from collections import deque
 from collections.abc import Iterable
 from types import FrameType
@@ -43,34 +44,34 @@ def settle_memory() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def drop_privileges(user: str | int | None, group: str | int | None) -> None:
+def drop_privileges(user: str | int | None, group: str | int | None, own_fds: Iterable[int] = ()) -> None:
     """Become `user` and `group` (names or numbers) for good, with that user's supplementary groups.
 
-    Does nothing unless started as root. Raises KeyError for a name that does not exist, OSError if it is not allowed.
+    The files behind `own_fds` are given to them first, so that they can be opened again. Does nothing unless started as
+    root. Raises OSError for a user or group that does not exist, and if it is not allowed.
     """
     if os.geteuid() != 0 or (user is None and group is None):
         return
-    gid = None
-    if group is not None:
-        gid = group if isinstance(group, int) else grp.getgrnam(group).gr_gid
-    if user is None:
-        assert gid is not None
-        os.setgroups([gid])
-        os.setgid(gid)
-        return
     try:
-        entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
-    except KeyError:
+        gid = None if group is None else group if isinstance(group, int) else grp.getgrnam(group).gr_gid
+        entry = None if user is None else pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
+    except KeyError as error:
         if not isinstance(user, int) or gid is None:
-            raise
+            raise OSError(f"server.user or server.group does not exist, or has no group: {error.args[0]}") from error
+        entry = None  # a number without a name, but with a group: containers have such
+    uid = user if isinstance(user, int) else entry.pw_uid if entry is not None else -1
+    gid = entry.pw_gid if gid is None and entry is not None else gid
+    assert gid is not None
+    for fd in own_fds:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.fchown(fd, uid, gid)
+    if entry is not None:
+        os.initgroups(entry.pw_name, gid)
+    else:
         os.setgroups([gid])
-        os.setgid(gid)
-        os.setuid(user)
-        return
-    gid = entry.pw_gid if gid is None else gid
-    os.initgroups(entry.pw_name, gid)
     os.setgid(gid)
-    os.setuid(entry.pw_uid)
+    if uid >= 0:
+        os.setuid(uid)
 
 
 def forbid_core_dumps() -> None:

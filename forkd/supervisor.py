@@ -38,6 +38,8 @@ BACKOFF_FIRST_SECS: Final = 0.25
 BACKOFF_MAX_SECS: Final = 30.0
 MESSAGES_PER_TURN: Final = 64
 
+WORKERS_WANTED_MAX: Final = 1024
+
 Run = Callable[[Boot], None]
 
 
@@ -120,7 +122,7 @@ class Supervisor:
 
     def resize(self, step: int, now: float) -> None:
         """One worker more, or one fewer (the least busy drains), but at least one."""
-        self.wanted = max(1, self.wanted + step)
+        self.wanted = min(max(1, self.wanted + step), WORKERS_WANTED_MAX)
         serving = [peer for peer in self.peers if peer.life in (Life.STARTING, Life.READY)]
         if len(serving) > self.wanted:
             min(serving, key=lambda peer: peer.active).tell(Down.DRAIN)
@@ -137,6 +139,9 @@ class Supervisor:
         self._ticks += 1
         for peer in self.peers:
             peer.tell_again()
+            if peer.full and not self._watches_write(peer) and peer.life is Life.READY:
+                peer.full = False  # fds, or memory, may be there again, and nothing would tell us: try
+                self.dispatcher.pump()
             beat = peer.row.beat
             if beat != peer.seen_beat:
                 peer.seen_beat = beat
@@ -210,8 +215,10 @@ class Supervisor:
         except BaseException:
             self._log.exception("worker %d broke", index)
         finally:
-            self._logs.sink.flush()
-            os._exit(code)
+            try:
+                self._logs.sink.flush()
+            finally:
+                os._exit(code)
 
     def _free_index(self) -> int:
         used = {peer.index for peer in self.peers}
@@ -286,11 +293,11 @@ class Supervisor:
 
     def on_death(self, peer: Peer) -> None:
         """A worker's pidfd is readable."""
+        self._selector.unregister(peer.pidfd)  # first: whatever goes wrong below must not come again each turn
         _, status = os.waitpid(peer.pid, 0)
         was, peer.life = peer.life, Life.DEAD
         while self._hear(peer, MESSAGES_PER_TURN) and _readable(peer.channel):
             pass
-        self._selector.unregister(peer.pidfd)
         os.close(peer.pidfd)
         try:
             self._selector.unregister(peer.channel)

@@ -9,7 +9,6 @@ from forkd.metrics import Metrics
 from forkd.settings import Settings
 from workers.backends.base import Backend
 from workers.loop import Loop, to_ticks
-from workers.request import RequestIds
 
 if TYPE_CHECKING:
     from workers.stream import Stream
@@ -29,7 +28,8 @@ class Timings:
     @classmethod
     def of(cls, settings: Settings) -> "Timings":
         server = settings.server
-        shortest = min(secs for secs in (server.write_timeout_secs, server.heartbeat_secs, 10.0) if secs)
+        limits = (server.write_timeout_secs, server.heartbeat_secs, server.max_stream_duration_secs, 10.0)
+        shortest = min(secs for secs in limits if secs)
         return cls(
             server.write_timeout_secs,
             server.heartbeat_secs,
@@ -60,7 +60,6 @@ class Context:
     logs: Logs
     log: logging.Logger
     metrics: Metrics
-    request_ids: RequestIds
     finished: list[tuple[int, int]] = field(default_factory=list)
     started: int = 0
     completed: int = 0

@@ -21,7 +21,6 @@ from workers.backends import registry
 from workers.context import Context, Timings
 from workers.loop import Loop, to_ticks
 from workers.reception import Reception
-from workers.request import RequestIds
 
 MESSAGES_PER_TURN: Final = 64
 PAIRS_PER_MESSAGE: Final = 4096
@@ -53,8 +52,9 @@ class Worker:
             logs=boot.logs,
             log=boot.logs.logger,
             metrics=Metrics(boot.metrics_dir, f"worker-{boot.index}"),
-            request_ids=RequestIds(f"{os.urandom(4).hex()}-"),
         )
+        if self._context.metrics.fault is not None:
+            boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)
         self._reception = Reception(self._context)
         self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
         self._title = process.Title()

@@ -5,7 +5,14 @@ import socket
 
 from forkd.board import State
 from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD, Assignment, parse_end_body
-from forkd.handoff import BadDataFd, ClientGone, DataTooLarge, NotAClient, check_client, read_sealed_memfd
+from forkd.handoff import (
+    ENVELOPE_MAX_BYTES,
+    BadDataFd,
+    ClientGone,
+    DataTooLarge,
+    check_client,
+    read_sealed_memfd,
+)
 from workers.backends.base import Backend, PacedBackend
 from workers.context import Context
 from workers.paced import PacedSource
@@ -13,8 +20,6 @@ from workers.request import Request, parse
 from workers.stream import Stream
 
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing from some builds of Python; tcp(7)
-ENVELOPE_BYTES = 131072
-"""Room for an envelope beside the data, where both are in one memfd."""
 
 
 class Reception:
@@ -23,7 +28,7 @@ class Reception:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._listeners = context.settings.all_listeners()
-        self._user_timeout_ms = int(context.settings.server.write_timeout_secs * 1000)
+        self._user_timeout_ms = min(int(context.settings.server.write_timeout_secs * 1000), 2**31 - 1)  # a C int
         self._max_data = context.settings.server.max_data_bytes
 
     def assign(self, head: Assignment, body: bytes, fds: tuple[int, ...]) -> None:
@@ -36,7 +41,7 @@ class Reception:
         code = ""
         try:
             if head.flags & PAYLOAD_IN_MEMFD:
-                body = read_sealed_memfd(fds[1], self._max_data + ENVELOPE_BYTES)
+                body = read_sealed_memfd(fds[1], self._max_data + ENVELOPE_MAX_BYTES)
             elif head.flags & DATA_FD:
                 body += read_sealed_memfd(fds[1], self._max_data)
         except BadDataFd:
@@ -51,7 +56,9 @@ class Reception:
                 code = "bad_handoff"
             elif len(request.raw) > self._max_data:
                 code = "payload_too_large"
-        stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
+        stream = self._stream(head, fds[0], remote, request)
+        if stream is None:
+            return
         try:
             self._begin(stream, request, head, code)
         except Exception as error:  # a backend's bug: on the way to the loop it would take the whole worker with it
@@ -86,7 +93,9 @@ class Reception:
             return
         state, code, payload = parse_end_body(body)
         request = parse(payload, envelopes=self._listeners[head.listener].envelope)
-        stream = Stream(context, fds[0], head.slot, head.attempt, remote, head.received_at, request)
+        stream = self._stream(head, fds[0], remote, request)
+        if stream is None:
+            return
         stream.take_up(state, code)
         stream.tick()
 
@@ -105,7 +114,7 @@ class Reception:
                 finally:
                     sock.detach()
             return remote
-        except (NotAClient, OSError) as error:
+        except Exception as error:  # whatever it is: a handoff must not cost the worker
             context = self._context
             if isinstance(error, ClientGone):
                 context.log.debug("a client was gone before its stream: %s", error)
@@ -113,11 +122,25 @@ class Reception:
             else:
                 context.log.warning("a handoff's fd is no client: %s", error)
                 context.metrics.handoff_failed("bad_client_fd")
-            context.states[head.slot] = State.ENDED
-            for each in fds:
-                os.close(each)
-            context.finished.append((head.slot, head.attempt))
+            self._close(head, fds)
             return None
+
+    def _stream(self, head: Assignment, fd: int, remote: str, request: Request) -> Stream | None:
+        """A stream that owns `fd`; None, with it closed and the slot reported, if the kernel will not watch it."""
+        try:
+            return Stream(self._context, fd, head.slot, head.attempt, remote, head.received_at, request)
+        except OSError as error:  # /proc/sys/fs/epoll/max_user_watches, no memory
+            self._context.log.error("cannot take a client in: %s", error.strerror)
+            self._context.metrics.handoff_failed("internal_error")
+            self._close(head, (fd,))
+            return None
+
+    def _close(self, head: Assignment, fds: tuple[int, ...]) -> None:
+        """Done with a client that never became a stream."""
+        self._context.states[head.slot] = State.ENDED
+        for fd in fds:
+            os.close(fd)
+        self._context.finished.append((head.slot, head.attempt))
 
     def _backend(self, request: Request, listener: int) -> Backend | None:
         settings = self._context.settings

@@ -6,7 +6,6 @@ and because even an error answer wants the application's response headers.
 """
 
 import re
-from itertools import count
 from typing import Any, Final
 
 import msgspec
@@ -119,16 +118,13 @@ def _said(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
 
 
-class RequestIds:
-    """Request ids: the application's if it is harmless, else Apache's, else one of ours, unique among processes."""
+def choose_id(request: Request, slot: int, received_at: float) -> str:
+    """The id that log, client and upstream share: the application's if it is harmless, else Apache's, else one of ours.
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._numbers = count(1)
-
-    def choose(self, request: Request) -> str:
-        """The id that log, client and upstream share for this request."""
-        for wanted in (request.data.request_id, request.line.request_id):
-            if wanted is not None and _REQUEST_ID.fullmatch(text := str(wanted)):
-                return text
-        return f"{self._prefix}{next(self._numbers):x}"
+    Ours is made of when and where the handoff came in (`received_at` in monotonic seconds), so every worker that ever
+    sees this handoff makes the same one.
+    """
+    for wanted in (request.data.request_id, request.line.request_id):
+        if wanted is not None and _REQUEST_ID.fullmatch(text := str(wanted)):
+            return text
+    return f"{int(received_at * 1e6):x}-{slot:x}"

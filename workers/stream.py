@@ -22,7 +22,7 @@ from workers.backends.base import Backend
 from workers.client import Client
 from workers.context import Context
 from workers.loop import TICKS_PER_SEC
-from workers.request import Request
+from workers.request import Request, choose_id
 
 HIGH_WATER_BYTES: Final = 65536
 RETRY_AFTER_SECS: Final = 1
@@ -75,7 +75,7 @@ class Stream:
         self.slot = slot
         self.attempt = attempt
         self.remote = request.line.remote_addr or remote
-        self.request_id = context.request_ids.choose(request)
+        self.request_id = choose_id(request, slot, received_at)
         self.user_id = request.data.user_id
         self.backend: Backend | None = None
         self.source: Source | None = None
@@ -296,6 +296,8 @@ class Stream:
         else:
             context.failed += 1
             context.metrics.stream_failed(code)
+            if backend and code == "internal_error":
+                context.metrics.count("daemon_backend_errors_total", backend)
         if context.logs.wants_access:
             context.logs.access(
                 time.time(),

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from forkd.metrics import BUCKETS, SPECS, Metrics
+from forkd.metrics import BUCKETS, FILE_BYTES, SPECS, Metrics
 from forkd.reasons import REASONS
 
 # From the README of the reference.
@@ -161,3 +161,17 @@ def test_without_a_directory_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     metrics.gauge("daemon_active_connections", 1)
     metrics.flush()
     assert not list(tmp_path.iterdir())
+
+
+def test_files_have_all_their_room_from_the_start(tmp_path: Path) -> None:
+    """A sparse file that grows under a mapping on a full disk is SIGBUS."""
+    Metrics(str(tmp_path), "master")
+    for file in tmp_path.iterdir():
+        assert file.stat().st_blocks * 512 >= FILE_BYTES
+
+
+def test_files_that_cannot_be_had_are_a_fault_and_no_exception(tmp_path: Path) -> None:
+    metrics = Metrics(str(tmp_path / "nowhere"), "worker-1")
+    assert isinstance(metrics.fault, FileNotFoundError)
+    metrics.count("daemon_connections_total")
+    metrics.flush()

@@ -17,7 +17,7 @@ from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.context import Context, Timings
 from workers.loop import Loop
-from workers.request import Request, RequestIds, parse
+from workers.request import Request, parse
 from workers.stream import Stream
 
 
@@ -75,7 +75,6 @@ class World:
             logs=logs,
             log=logging.getLogger("forkd"),
             metrics=Metrics(None, "test"),
-            request_ids=RequestIds("test-"),
         )
         self.loop.turn()
 

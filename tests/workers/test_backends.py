@@ -71,3 +71,9 @@ def test_the_registry_builds_what_it_can() -> None:
     assert isinstance(quick, MockBackend)
     assert list(quick.steps(NOTHING)) == [(0.0, "a "), (0.01, "b"), (0.01, "")]
     assert not quick.costs_money
+
+
+def test_typing_takes_no_time_for_a_prompt_of_spaces() -> None:
+    """A prompt is a user's; a pattern that tries every split of its spaces would hold up a worker for minutes."""
+    steps = list(TypingBackend("typing", "unused", 0.0, 0.0).steps(HandoffData(prompt="a" + " " * 1_000_000)))
+    assert [text for _, text in steps] == ["a"]

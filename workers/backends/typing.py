@@ -25,7 +25,9 @@ class TypingBackend(PacedBackend):
     def steps(self, data: HandoffData) -> Iterator[tuple[float, str]]:
         """Each stream has a pace of its own."""
         delay = 0.0
-        for piece in _PIECES.findall(data.prompt or self._text):
+        # A run of spaces with nothing behind it would be tried at every split: there is none without trailing space.
+        for match in _PIECES.finditer((data.prompt or self._text).rstrip()):
+            piece = match[0]
             yield delay, piece
             delay = self._delay * random.uniform(1 - self._jitter, 1 + self._jitter)
             if piece[-1] in ".!?":
