@@ -23,9 +23,14 @@ def streams(forkd: Forkd) -> list[int]:
     return sorted(int(title(pid).rpartition("streams=")[2]) for pid in forkd.workers())
 
 
-def worker_of(answer: Answer) -> str:
-    """Which worker answered: each has a prefix of its own for the request ids that it makes."""
-    return (answer.header("x-request-id") or "").partition("-")[0]
+def worker_of(forkd: Forkd, answer: Answer) -> str:
+    """Which worker answered, by the access log."""
+
+    def found() -> list[str]:
+        return [line["worker"] for line in forkd.access_lines() if line["request_id"] == answer.header("x-request-id")]
+
+    wait_for(found, "its access line")
+    return found()[0]
 
 
 def test_the_load_is_shared_and_ps_shows_it(tmp_path: Path) -> None:
@@ -33,7 +38,8 @@ def test_the_load_is_shared_and_ps_shows_it(tmp_path: Path) -> None:
         with connect(forkd.path) as sender:
             clients = hand_over_many(sender, [prompt(backend="still")] * 402)
         begun(clients)
-        wait_for(lambda: streams(forkd) == [100, 100, 101, 101], "each has its share")
+        wait_for(lambda: sum(streams(forkd)) == 402, "all are shown")
+        assert max(streams(forkd)) - min(streams(forkd)) <= 2
         name = re.escape(str(tmp_path / "forkd.yaml"))
         wait_for(
             lambda: re.fullmatch(rf"forkd: master \[{name}\] workers=4 streams=402", title(forkd.pid)),
@@ -125,7 +131,7 @@ def test_what_waits_for_too_long_is_refused(tmp_path: Path, queue_size: int) -> 
 
 
 def test_a_worker_whose_heart_is_late_is_passed_over(tmp_path: Path) -> None:
-    with forkd_of(tmp_path) as forkd:
+    with forkd_of(tmp_path, logging={"level": "info", "access": True}) as forkd:
         before = open_fds(forkd.pid)
         stopped, _ = ready_pids(forkd)
         os.kill(stopped, signal.SIGSTOP)
@@ -145,8 +151,8 @@ def test_a_worker_whose_heart_is_late_is_passed_over(tmp_path: Path) -> None:
         os.kill(stopped, signal.SIGCONT)
         answers = read_answers(unanswered)
         assert fates(answers) == {"complete": len(unanswered)}
-        (returned,) = {worker_of(answer) for answer in answers}
-        wait_for(lambda: worker_of(forkd.ask(prompt(backend="fast"))) == returned, "it is given streams again")
+        (returned,) = {worker_of(forkd, answer) for answer in answers}
+        wait_for(lambda: worker_of(forkd, forkd.ask(prompt(backend="fast"))) == returned, "it is given streams again")
         settled(forkd, before)
         assert len(ready_pids(forkd)) == 2
 

@@ -161,12 +161,15 @@ def test_gauges_are_exact_after_a_crash(tmp_path: Path) -> None:
         for client in clients:
             assert client.recv(4096)
         wait_for(lambda: scrape(forkd)["daemon_active_streams"] == 6, "six active streams")
-        os.kill(forkd.workers()[0], signal.SIGKILL)
-        wait_for(lambda: scrape(forkd)["daemon_active_streams"] == 3, "three active streams")
+        wait_for(lambda: get(forkd, "/status").json()["streams"] == 6, "six streams in the status")
+        victim, other = get(forkd, "/status").json()["workers"]
+        assert victim["streams"] + other["streams"] == 6
+        os.kill(victim["pid"], signal.SIGKILL)
+        wait_for(lambda: scrape(forkd)["daemon_active_streams"] == other["streams"], "the other worker's streams")
         samples = scrape(forkd)
-        assert samples["daemon_active_connections"] == 3
+        assert samples["daemon_active_connections"] == other["streams"]
         assert samples["daemon_peak_streams"] == 6
-        assert samples["forkd_streams_recovered_total{outcome=ended}"] == 3
+        assert samples["forkd_streams_recovered_total{outcome=ended}"] == victim["streams"]
         for client in clients:
             client.close()
         wait_for(lambda: scrape(forkd)["daemon_active_connections"] == 0, "nothing active")
@@ -299,7 +302,10 @@ def test_a_dead_metrics_process_is_replaced(tmp_path: Path) -> None:
         wait_for(lambda: scrape(forkd)["daemon_active_streams"] == 1, "one stream")
         first = metrics_pid(forkd)
         fds = open_fds(forkd.pid)
-        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
+        os.kill(first, signal.SIGTERM)  # said to the whole group: it goes when the master does
+        assert scrape(forkd)["daemon_active_streams"] == 1
+        assert metrics_pid(forkd) == first
+        for number in (signal.SIGKILL, signal.SIGSEGV):
             pid = metrics_pid(forkd)
             os.kill(pid, number)
             # The port stays open meanwhile: nobody is refused.
