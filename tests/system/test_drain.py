@@ -229,13 +229,14 @@ def test_more_and_fewer_workers(tmp_path: Path) -> None:
             os.kill(forkd.pid, signal.SIGTTIN)
             wait_for(lambda: len(ready_pids(forkd)) == 3, "one more is ready")
             clients += hand_over_many(sender, [prompt(backend="still")] * 3)  # the least loaded is the new one
-        wait_for(lambda: sorted(streams(forkd)) == [3, 3, 3], "the new one has streams")
+        wait_for(lambda: sum(streams(forkd)) == 9 and min(streams(forkd)) >= 2, "the new one has its share")
         wanted = ["3"]
         for expected in ("2", "1", "1"):
             os.kill(forkd.pid, signal.SIGTTOU)
             wanted.append(expected)
             wait_for(lambda: re.findall(r"(\d) workers wanted", forkd.log()) == wanted, "the signal was taken")
-        wait_for(lambda: sum(" draining streams=3" in title for title in titles(forkd)) == 2, "two of them drain")
+        drains = re.compile(r" draining streams=[1-9]$")
+        wait_for(lambda: sum(bool(drains.search(title)) for title in titles(forkd)) == 2, "two of them drain")
         for client in clients:
             client.close()
         wait_for(lambda: len(forkd.workers()) == 1, "one stays, whatever comes")
