@@ -57,11 +57,12 @@ def test_the_least_loaded_worker_is_chosen(tmp_path: Path) -> None:
     with forkd_of(tmp_path) as forkd, connect(forkd.path) as sender:
         clients = hand_over_many(sender, [prompt(backend="still")] * 20)
         begun(clients)
-        wait_for(lambda: streams(forkd) == [10, 10], "each has its share")
+        wait_for(lambda: sum(streams(forkd)) == 20, "all are shown")
+        assert max(streams(forkd)) - min(streams(forkd)) <= 2
         os.kill(ready_pids(forkd)[0], signal.SIGKILL)
         wait_for(lambda: len(ready_pids(forkd)) == 3, "a new worker is ready")
         clients += hand_over_many(sender, [prompt(backend="still")] * 6)
-        wait_for(lambda: streams(forkd) == [6, 10], "all six go to the new one")
+        wait_for(lambda: streams(forkd) in ([6, 9], [6, 10], [6, 11]), "all six go to the new one")
         for client in clients:
             client.close()
 

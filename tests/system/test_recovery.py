@@ -31,9 +31,9 @@ def test_a_worker_killed_under_a_thousand_streams(tmp_path: Path) -> None:
         print(f"a new worker was ready {time.monotonic() - killed_at:.3f} s after the death")
         answers = fates(read_answers(clients))
         assert set(answers) == {"complete", "worker_lost"}
-        assert answers["worker_lost"] == 250
-        assert settled(forkd, before, deaths=1) == {"ended": 250}
-        forkd.wait_for_metric("forkd_stream_errors_total", 250, code="worker_lost")
+        assert 240 <= answers["worker_lost"] <= 260  # its share
+        assert settled(forkd, before, deaths=1) == {"ended": answers["worker_lost"]}
+        forkd.wait_for_metric("forkd_stream_errors_total", answers["worker_lost"], code="worker_lost")
         assert len(forkd.workers()) == 4
 
 
@@ -255,12 +255,13 @@ def test_without_the_ledger_a_dead_workers_clients_are_lost_but_the_books_balanc
         with connect(forkd.path) as sender:
             clients = hand_over_many(sender, [prompt("Hello", backend="slow")] * 100)
         begun(clients)
-        assert open_fds(forkd.pid) < before + 50
+        assert open_fds(forkd.pid) < before + 40
         os.kill(ready_pids(forkd)[0], signal.SIGKILL)
         answers = read_answers(clients)
-        assert sum(answer.complete for answer in answers) == 50
-        assert sum(not answer.complete and answer.error is None for answer in answers) == 50
-        assert settled(forkd, before, deaths=1) == {"closed": 50}
+        lost = sum(not answer.complete and answer.error is None for answer in answers)
+        assert 45 <= lost <= 55  # its share
+        assert sum(answer.complete for answer in answers) == 100 - lost
+        assert settled(forkd, before, deaths=1) == {"closed": lost}
         assert fate(forkd.ask()) == "complete"
 
 
