@@ -240,8 +240,8 @@ def test_a_death_while_anothers_streams_are_being_recovered(tmp_path: Path) -> N
             clients = hand_over_many(sender, [prompt("Hello", backend="still")] * 600)
         begun(clients)
         os.kill(second, signal.SIGSTOP)
-        os.kill(first, signal.SIGKILL)  # its 300 are put into the channel of the second, which cannot read them
-        forkd.wait_for_metric("forkd_streams_recovered_total", 300, outcome="ended")
+        os.kill(first, signal.SIGKILL)  # its half are put into the channel of the second, which cannot read them
+        wait_for(lambda: forkd.metric("forkd_streams_recovered_total", outcome="ended") >= 290, "they are judged")
         os.kill(second, signal.SIGKILL)
         assert fates(read_answers(clients)) == {"worker_lost": 600}
         outcomes = settled(forkd, before, deaths=2)
