@@ -1,6 +1,6 @@
 """Server-Sent Events as bytes (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -9,6 +9,17 @@ _encode = msgspec.json.Encoder().encode
 DONE: Final = b"data: [DONE]\n\nevent: done\ndata: {}\n\n"
 """Both endings that the reference's pages wait for: `fetch` readers look for the first, EventSource for the second."""
 HEARTBEAT: Final = b": keep-alive\n\n"
+
+
+class Event(NamedTuple):
+    """One event that was received."""
+
+    name: str
+    """The `event` field; "" is an unnamed one (a "message")."""
+    data: bytes
+    """The `data` lines, joined by LF."""
+    raw: bytes
+    """The event as it came, with the empty line that ends it."""
 
 
 def content_event(text: str) -> bytes:
