@@ -32,7 +32,7 @@ lint:
 	@scripts/lint
 
 bench:
-	@scripts/bootstrap bench
+	@scripts/bootstrap $(if $(findstring --rival,$(BENCH_ARGS)),rivals,bench)
 	@exec .venv/bin/python scripts/bench/bench.py $(BENCH_ARGS)
 
 module:

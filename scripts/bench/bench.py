@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from subprocess import CalledProcessError
 
+from api_host import UPSTREAMS
 from compiler import build
+from daemon import ROOT
 from driver import LoadError
 from limits import check
 from measure import Run, measure
+from moderation import MODERATED_UPSTREAMS, PAUSES_MS, write_moderation_plot
 from plot import write_plot
 from report import table, write_json
 from results import Comparison, Pair
+from rivals.daemons import RIVALS, Rival
 from shape import DEFAULT, QUICK, Shape, shape_for_live
-from subjects import BACKENDS, ROOT, Floor, Forkd, Subject
+from subjects import BACKENDS, Floor, Forkd, Subject
 from trial import TrialError
 
 
@@ -29,9 +33,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--over", type=_duration, metavar="SECS", help="hand them over evenly in so many seconds (5)")
     add("--events", type=_positive_int, metavar="N", help="events per stream, not counting [DONE] (18)")
     add("--delay-ms", type=_duration, metavar="MS", help="between two events (500)")
-    add("--runs", type=_positive_int, metavar="N", help="pairs per configuration (5)")
-    add("--workers", type=_numbers, metavar="N,M", help="one configuration for each number of workers (1,2)")
+    add("--runs", type=_positive_int, metavar="N", help="pairs per configuration (5; for --moderation 3)")
+    add(
+        "--workers",
+        type=_numbers,
+        metavar="N,M",
+        help="one configuration for each number of workers (1,2; for a relay 1)",
+    )
     add("--backend", choices=sorted(BACKENDS), default="mock", help="what forkd streams from (mock)")
+    add(
+        "--upstream",
+        type=_upstreams,
+        metavar="P,Q",
+        help="with --backend openai: one configuration for each protocol of the fake API: http1, h2, h2-tls (http1)",
+    )
+    add("--rivals", action="store_true", help="with http1: the same relay with aiohttp, and with FastAPI and httpx")
+    add("--rival", action="append", choices=sorted(RIVALS), default=[], help="one of them")
+    add("--rival-streams", type=_positive_int, metavar="N", help="streams for FastAPI (a tenth of --streams)")
+    add("--moderation", action="store_true", help="the effect of the workers' pause when busy: see README.md")
     add("--ledger", choices=("on", "off"), default="on", help="forkd's server.ledger (on)")
     add("--benchmark", action="store_true", help="start forkd with --benchmark")
     add("--tcp", action="store_true", help="clients on loopback TCP, not AF_UNIX socketpairs")
@@ -40,7 +59,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--live", type=_positive_int, metavar="N", help="hold N streams at once, 1000 new ones a second, forkd alone")
     add("--check", action="store_true", help="exit 1 when a limit is exceeded")
     add("--out", type=Path, metavar="DIR", default=ROOT / "build" / "bench", help="for results and C programs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.moderation:
+        args.backend, args.workers = "openai", args.workers or [1]
+        args.upstream = args.upstream or list(MODERATED_UPSTREAMS)
+    if args.backend == "openai":
+        args.upstream = args.upstream or ["http1"]
+    elif args.upstream:
+        parser.error("--upstream needs --backend openai")
+    args.rival = list(RIVALS) if args.rivals else args.rival
+    if args.rival and (not args.upstream or "http1" not in args.upstream or args.moderation):
+        parser.error("rivals are measured beside --backend openai --upstream http1")
+    return args
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
@@ -57,20 +87,20 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     shape = shape_of(args)
     only = args.only or ("forkd" if args.live else None)
-    workers = args.workers or ([2] if args.live else [1, 2])
-    runs = args.runs or (1 if args.live else 2 if args.quick else 5)
+    runs = args.runs or (1 if args.live else 2 if args.quick else 3 if args.moderation else 5)
     raise_fd_limit()
     try:
         load, floor = build("load", args.out), Floor(build("floor", args.out))
-        comparisons = [
-            Comparison(Forkd(count, args.ledger == "on", args.benchmark, args.backend), shape, bool(args.live))
-            for count in (workers if only != "floor" else workers[:1])
-        ]
+        comparisons = [Comparison(subject, shape, bool(args.live)) for subject in subjects_of(args, only)]
         for number in range(1, runs + 1):
             for comparison in comparisons:
                 floor_run = None if only == "forkd" else observe(floor, shape, load, number, runs)
                 forkd_run = None if only == "floor" else observe(comparison.subject, shape, load, number, runs)
-                comparison.pairs.append(Pair(floor_run, forkd_run))
+                rivals: dict[str, Run] = {}
+                for rival in rivals_of(args, comparison.subject):
+                    its_shape = rival.shape(shape, args.rival_streams or max(1, shape.streams // 10))
+                    rivals[rival.name] = observe(rival, its_shape, load, number, runs)
+                comparison.pairs.append(Pair(floor_run, forkd_run, rivals))
     except (TrialError, LoadError, CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -78,11 +108,29 @@ def main(argv: Sequence[str]) -> int:
         return 130
     for comparison in comparisons:
         print(f"\n{table(comparison)}")
-    write_json(args.out / "bench.json", comparisons)
-    write_plot(args.out / "bench.png", comparisons)
-    print(f"\n{args.out / 'bench.json'}\n{args.out / 'bench.png'}")
+    name = "moderation" if args.moderation else "bench"
+    write_json(args.out / f"{name}.json", comparisons)
+    (write_moderation_plot if args.moderation else write_plot)(args.out / f"{name}.png", comparisons)
+    print(f"\n{args.out / name}.json\n{args.out / name}.png")
     exceeded = [one for comparison in comparisons if comparison.forkd_runs for one in check(comparison) if not one.ok]
     return 1 if args.check and exceeded else 0
+
+
+def subjects_of(args: argparse.Namespace, only: str | None) -> list[Forkd]:
+    """forkd in each configuration asked for."""
+    workers = args.workers or ([2] if args.live else [1] if args.backend == "openai" else [1, 2])
+    subjects = [
+        Forkd(count, args.ledger == "on", args.benchmark, args.backend, upstream, pause_ms)
+        for upstream in args.upstream or [None]
+        for count in workers
+        for pause_ms in (PAUSES_MS if args.moderation else (None,))
+    ]
+    return subjects[:1] if only == "floor" else subjects
+
+
+def rivals_of(args: argparse.Namespace, subject: Forkd) -> list[Rival]:
+    """Who is measured beside this configuration."""
+    return [RIVALS[name] for name in args.rival] if subject.upstream == "http1" else []
 
 
 def observe(subject: Subject, shape: Shape, load: Path, number: int, runs: int) -> Run:
@@ -118,6 +166,14 @@ def _duration(text: str) -> float:
 
 def _numbers(text: str) -> list[int]:
     return [_positive_int(part) for part in text.split(",")]
+
+
+def _upstreams(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in UPSTREAMS:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(UPSTREAMS)}, got {name!r}")
+    return names
 
 
 if __name__ == "__main__":

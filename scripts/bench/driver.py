@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from daemon import Daemon
 from shape import Shape
 
 RECORD = struct.Struct("=qqqqii")  # as struct record in load.c
@@ -45,15 +46,15 @@ class Outcome:
 class Generator:
     """One run of load.c, from "ready" to "done"."""
 
-    def __init__(self, program: Path, shape: Shape, socket_path: Path, data: str, body: bytes, directory: Path) -> None:
-        """Start it; it waits. `directory` receives its files; `body` is what every stream has to say after its head."""
+    def __init__(self, program: Path, shape: Shape, daemon: Daemon, directory: Path) -> None:
+        """Start it; it waits. `directory` receives its files."""
         self._result, self._stderr = directory / "records", directory / "load.err"
         body_path = directory / "body"
-        body_path.write_bytes(body)
+        body_path.write_bytes(daemon.body)
         timeout_ms = (shape.stream_secs + GRACE_SECS) * 1000
         command = [
-            *(str(program), *(("-t",) if shape.tcp else ()), str(socket_path), str(shape.streams)),
-            *(f"{shape.over_secs * 1000:.3f}", f"{timeout_ms:.3f}", data, str(body_path), str(self._result)),
+            *(str(program), *_switches(shape, daemon), str(daemon.socket_path), str(shape.streams)),
+            *(f"{shape.over_secs * 1000:.3f}", f"{timeout_ms:.3f}", daemon.data, str(body_path), str(self._result)),
         ]
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -100,3 +101,9 @@ class Generator:
         if not line.startswith(word):
             raise LoadError(f"expected {word!r}, got {line!r}: {self._stderr.read_text(errors='replace').strip()}")
         return line.removeprefix(word).strip()
+
+
+def _switches(shape: Shape, daemon: Daemon) -> tuple[str, ...]:
+    if daemon.over_http:
+        return ("-u",)
+    return ("-t",) if shape.tcp else ()

@@ -6,10 +6,13 @@
  * does what the Apache module does for each request: connect, one sendmsg of data and fd, close; EAGAIN from connect
  * (the backlog is full) is tried again a millisecond later.
  *
+ * With -u the daemon is an HTTP server on a Unix stream socket instead: DATA is the request, sent on a connection of its
+ * own per stream, and the answer is expected in chunked transfer coding.
+ *
  * Every stream must be a 200 whose body is, byte for byte, the file BODY: number and order of events included.
  *
  * Talks to whoever started it by lines: prints "ready", waits for a line, begins; prints "live COUNT" when all streams
- * have been handed over and each has its first byte (or has failed), COUNT being those that have not ended; prints
+ * have been handed over and each has its first byte after the head (or has failed), COUNT being those that have not ended; prints
  * "done JSON" at the end. RESULT receives one struct record per stream, in the order of handing over.
  *
  * Needs Linux 5.11 and glibc 2.35 (epoll_pwait2). */
@@ -39,8 +42,8 @@ enum fate { WHOLE, REFUSED, WRONG, TRUNCATED, RESET, TIMED_OUT, UNSENT, RUNNING 
 
 struct record { /* as RECORD in driver.py; times in ns, -1 where there is none */
     int64_t late; /* handed over after it was due */
-    int64_t ttfb; /* from just before sendmsg to the first byte read */
-    int64_t gap;  /* the longest time between two reads that brought bytes */
+    int64_t ttfb; /* from just before sendmsg to the first byte after the head */
+    int64_t gap;  /* the longest time between two reads that brought such bytes */
     int64_t tail; /* from the last byte to EOF */
     int32_t status, fate;
 };
@@ -50,6 +53,8 @@ struct stream {
     int64_t sent, last;
     uint32_t head, body; /* bytes of each read so far */
     int fd;
+    uint32_t chunk, size; /* with -u: what is left of the chunk, and the next one's size as far as it is read */
+    bool sized;
     uint8_t crlf; /* how much of the blank line that ends the head has been seen */
 };
 
@@ -57,7 +62,7 @@ static struct {
     struct sockaddr_un daemon;
     uint32_t count;
     int64_t over, timeout;
-    bool tcp;
+    bool tcp, http;
     char *body, *data;
     size_t body_len, data_len;
     char *number; /* where the stream's number goes in data; NULL: nowhere */
@@ -132,6 +137,32 @@ static size_t read_head(struct stream *s, const char *bytes, size_t len)
     return i;
 }
 
+/* Takes the chunked transfer coding off, in place. Returns how many bytes of the body are left. */
+static size_t dechunk(struct stream *s, char *bytes, size_t len)
+{
+    size_t out = 0;
+    for (size_t i = 0; i < len;) {
+        if (s->chunk) {
+            size_t take = s->chunk < len - i ? s->chunk : len - i;
+            memmove(bytes + out, bytes + i, take);
+            s->chunk -= take;
+            out += take;
+            i += take;
+            continue;
+        }
+        int c = tolower((unsigned char)bytes[i++]); /* a size, or the line end after a chunk's bytes */
+        if (isxdigit(c)) {
+            s->size = s->size * 16 + (c <= '9' ? c - '0' : c - 'a' + 10);
+            s->sized = true;
+        } else if (c == '\n' && s->sized) {
+            s->chunk = s->size;
+            s->size = 0;
+            s->sized = false;
+        }
+    }
+    return out;
+}
+
 static void read_stream(struct stream *s)
 {
     static char buf[65536];
@@ -151,6 +182,16 @@ static void read_stream(struct stream *s)
         end(s, s->body == opt.body_len ? WHOLE : TRUNCATED);
         return;
     }
+    size_t used = s->crlf < 4 ? read_head(s, buf, n) : 0, len = n - used;
+    if (s->crlf == 4 && s->out.status != 200) {
+        explain(s, "not a 200", buf, n);
+        end(s, REFUSED);
+        return;
+    }
+    if (opt.http)
+        len = dechunk(s, buf + used, len);
+    if (!len)
+        return;
     if (s->out.ttfb < 0) {
         s->out.ttfb = t - s->sent;
         if (++live > live_peak)
@@ -159,11 +200,7 @@ static void read_stream(struct stream *s)
         s->out.gap = t - s->last;
     }
     s->last = t;
-    size_t used = s->crlf < 4 ? read_head(s, buf, n) : 0, len = n - used;
-    if (s->crlf == 4 && s->out.status != 200) {
-        explain(s, "not a 200", buf, n);
-        end(s, REFUSED);
-    } else if (len > opt.body_len - s->body || memcmp(buf + used, opt.body + s->body, len)) {
+    if (len > opt.body_len - s->body || memcmp(buf + used, opt.body + s->body, len)) {
         explain(s, "unexpected bytes", buf + used, len);
         end(s, WRONG);
     } else {
@@ -206,6 +243,41 @@ static bool pass(int conn, int fd, struct stream *s)
     return sendmsg(conn, &m, MSG_NOSIGNAL) == (ssize_t)opt.data_len;
 }
 
+static void number_data(void)
+{
+    if (opt.number) {
+        char number[16];
+        snprintf(number, sizeof number, "%06u", next % 1000000);
+        memcpy(opt.number, number, 6);
+    }
+}
+
+/* Asks for the next stream by HTTP. False: the server's backlog is full, try again in RETRY_NS. */
+static bool ask(int64_t due)
+{
+    struct stream *s = &streams[next];
+    s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (s->fd < 0)
+        die("socket");
+    s->sent = now();
+    bool ok = !connect(s->fd, (void *)&opt.daemon, sizeof opt.daemon);
+    if (!ok && errno == EAGAIN) {
+        close(s->fd);
+        retries++;
+        return false;
+    }
+    number_data();
+    if (ok && send(s->fd, opt.data, opt.data_len, MSG_NOSIGNAL) == (ssize_t)opt.data_len) {
+        s->out.late = s->sent - due;
+        watch(s, next);
+    } else {
+        explain(s, strerror(errno), "", 0);
+        end(s, UNSENT);
+    }
+    next++;
+    return true;
+}
+
 /* Hands the next stream over. False: the daemon's backlog is full, try again in RETRY_NS. */
 static bool hand_over(int64_t due)
 {
@@ -226,11 +298,7 @@ static bool hand_over(int64_t due)
         retries++;
         return false;
     }
-    if (opt.number) {
-        char number[16];
-        snprintf(number, sizeof number, "%06u", next % 1000000);
-        memcpy(opt.number, number, 6);
-    }
+    number_data();
     if (ok && pass(conn, pending, s)) {
         s->out.late = s->sent - due;
     } else {
@@ -254,7 +322,7 @@ static void run(void)
             wake = due > retry_at ? due : retry_at;
             if (wake > t || burst == BURST)
                 break;
-            if (!hand_over(due))
+            if (!(opt.http ? ask(due) : hand_over(due)))
                 retry_at = now() + RETRY_NS;
             wake = give_up;
         }
@@ -320,14 +388,17 @@ static void listen_for_own_clients(void)
 static void parse(int argc, char **argv)
 {
     int c;
-    while ((c = getopt(argc, argv, "t")) != -1)
+    while ((c = getopt(argc, argv, "tu")) != -1)
         if (c == 't')
             opt.tcp = true;
+        else if (c == 'u')
+            opt.http = true;
         else
             exit(2);
     if (argc - optind != 7 || strlen(argv[optind]) >= sizeof opt.daemon.sun_path) {
-        fprintf(stderr, "usage: load [-t] SOCKET STREAMS OVER_MS TIMEOUT_MS DATA BODY RESULT\n"
+        fprintf(stderr, "usage: load [-t | -u] SOCKET STREAMS OVER_MS TIMEOUT_MS DATA BODY RESULT\n"
                         "  -t           TCP clients over the loopback, not AF_UNIX pairs\n"
+                        "  -u           SOCKET is that of an HTTP server, DATA a request\n"
                         "  TIMEOUT_MS   after OVER_MS, when streams that have not ended are given up\n"
                         "  DATA         the handoff data; ###### in it becomes the stream's number\n"
                         "  BODY         file: what each stream must say after its head\n"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from driver import Generator, Outcome
+from driver import Generator
 from percentiles import percentile
 from proc import MachineTime, Memory
 from shape import Shape
@@ -29,6 +29,7 @@ class Run:
     """The figures of one run. Percentiles and memory are None when no stream got so far."""
 
     subject: str
+    streams: int
     cpu_us: float  # user+system of all processes, per stream, microseconds
     memory_kb: float | None  # PSS per live stream, 1 KB = 1024 bytes
     memory_unfiled_kb: float | None  # of it, what is no page of a file: see proc.py
@@ -46,6 +47,12 @@ class Run:
     generator_cpu_percent: float  # of one CPU, during the window
     generator_late_p99_ms: float | None
     other_cpu_percent: float  # of one CPU: all else that ran on the machine, or that the hypervisor took away
+    api_cpu_percent: float | None  # of one CPU, during the window; None, like what follows, where no fake API is needed
+    api_late_p50_ms: float | None
+    api_late_p99_ms: float | None
+    api_first_p99_ms: float | None
+    api_connections: int | None
+    api_connections_peak: int | None
     connect_retries: int
     secs: float
     exit_status: int
@@ -62,28 +69,33 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
         directory = Path(name)
         daemon = subject.start(directory, shape)
         try:
-            generator = Generator(load, shape, daemon.socket_path, daemon.data, daemon.body, directory)
+            generator = Generator(load, shape, daemon, directory)
             try:
-                tree = daemon.tree
+                tree, api = daemon.tree, daemon.api
                 idle_ns = -tree.cpu_ns()
                 time.sleep(IDLE_SECS)
                 idle_ns += tree.cpu_ns()
 
                 alive: list[tuple[int, Memory]] = []  # how many streams and what they occupy, when all are live
                 memory = tree.memory()
+                api_ns = -api.tree.cpu_ns() if api else 0
                 machine, cpu_ns, started = MachineTime.now(), tree.cpu_ns(), time.monotonic()
                 outcome = generator.run(lambda live: alive.append((live, tree.memory() - memory)))
                 time.sleep(SETTLE_SECS)
                 cpu_ns, processes = tree.cpu_ns() - cpu_ns, len(tree.pids())
                 window_secs = time.monotonic() - started
-                other_percent = _others(machine, cpu_ns, outcome, window_secs)
+                api_ns += api.tree.cpu_ns() if api else 0
+                ours_secs = (cpu_ns + api_ns) / 1e9 + outcome.generator_cpu_secs
+                other_percent = _others(machine, ours_secs, window_secs)
             finally:
                 generator.close()
         finally:
             exit_status = daemon.stop()
     [(live, grown)] = alive
+    totals = api.totals if api else None
     return Run(
         subject=subject.name,
+        streams=shape.streams,
         cpu_us=cpu_ns / 1000 / shape.streams,
         memory_kb=grown.pss / 1024 / live if live else None,
         memory_unfiled_kb=grown.unfiled / 1024 / live if live else None,
@@ -101,6 +113,12 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
         generator_cpu_percent=100 * outcome.generator_cpu_secs / outcome.secs,
         generator_late_p99_ms=percentile(outcome.late_ms, 99),
         other_cpu_percent=other_percent,
+        api_cpu_percent=100 * api_ns / 1e9 / window_secs if api else None,
+        api_late_p50_ms=totals.late_p50_ms if totals else None,
+        api_late_p99_ms=totals.late_p99_ms if totals else None,
+        api_first_p99_ms=totals.first_p99_ms if totals else None,
+        api_connections=totals.connections if totals else None,
+        api_connections_peak=totals.connections_peak if totals else None,
         connect_retries=outcome.connect_retries,
         secs=outcome.secs,
         exit_status=exit_status,
@@ -108,8 +126,7 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
     )
 
 
-def _others(before: MachineTime, cpu_ns: int, outcome: Outcome, window_secs: float) -> float:
+def _others(before: MachineTime, ours_secs: float, window_secs: float) -> float:
     after = MachineTime.now()
     busy_secs = after.busy_secs + after.stolen_secs - before.busy_secs - before.stolen_secs
-    ours_secs = cpu_ns / 1e9 + outcome.generator_cpu_secs
     return max(0.0, 100 * (busy_secs - ours_secs) / window_secs)

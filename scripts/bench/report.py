@@ -28,6 +28,12 @@ _ROWS = (
     ("generator CPU, % of one CPU", "generator_cpu_percent", 1),
     ("generator behind schedule p99, ms", "generator_late_p99_ms", 2),
     ("everything else on the machine, %", "other_cpu_percent", 1),
+    ("fake API's CPU, % of one CPU", "api_cpu_percent", 1),
+    ("fake API's chunks late p50, ms", "api_late_p50_ms", 2),
+    ("fake API's chunks late p99, ms", "api_late_p99_ms", 2),
+    ("fake API's own first chunk p99, ms", "api_first_p99_ms", 2),
+    ("connections to the upstream", "api_connections", 0),
+    ("  open at once", "api_connections_peak", 0),
 )
 _LOAD_NOTE = f"the limits are set for {DEFAULT}"
 _LABEL_WIDTH, _CELL_WIDTH = 42, 28
@@ -39,40 +45,56 @@ def table(comparison: Comparison) -> str:
     count = len(comparison.pairs)
     both = comparison.floor_runs and comparison.forkd_runs
     runs = f"{count} {'pair' if both else 'run'}{'' if count == 1 else 's'}"
+    columns = [("floor", comparison.floor_runs), ("forkd", comparison.forkd_runs)]
+    columns += [(label(comparison, name), comparison.rival_runs(name)) for name in comparison.rivals]
+    ratios = [None, comparison.cpu_ratio, *(comparison.rival_cpu_ratio(name) for name in comparison.rivals)]
+    leads = [None, None, *(comparison.rival_over_forkd(name) for name in comparison.rivals)]
     lines = [
         f"{title}: {comparison.shape}, {runs}",
-        f"{'':<{_LABEL_WIDTH}}{'floor':<{_CELL_WIDTH}}{'forkd':<{_CELL_WIDTH}}".rstrip(),
+        _line("", [name for name, _ in columns]),
     ]
-    for label, name, decimals in _ROWS:
-        floor = _cell(figure(comparison.floor_runs, name), decimals)
-        forkd = _cell(figure(comparison.forkd_runs, name), decimals)
-        lines.append(f"{label:<{_LABEL_WIDTH}}{floor:<{_CELL_WIDTH}}{forkd:<{_CELL_WIDTH}}".rstrip())
+    for text, name, decimals in _ROWS:
+        spreads = [figure(runs, name) for _, runs in columns]
+        if any(spreads):
+            lines.append(_line(text, [_cell(one, decimals) for one in spreads]))
         if name == "cpu_us":
-            ratio = _cell(comparison.cpu_ratio, 2)
-            lines.append(f"{'  floor = 1, pair by pair':<{_LABEL_WIDTH}}{'1':<{_CELL_WIDTH}}{ratio}".rstrip())
+            lines.append(_line("  floor = 1, pair by pair", ["1", *(_cell(ratio, 2) for ratio in ratios[1:])]))
+            if comparison.rivals:
+                lines.append(_line("  forkd = 1, pair by pair", ["", "1", *(_cell(lead, 2) for lead in leads[2:])]))
     if comparison.forkd_runs:
         lines += [str(one) for one in check(comparison)]
     lines += [f"note: {note}" for note in notes(comparison)]
     return "\n".join(lines)
 
 
+def label(comparison: Comparison, rival: str) -> str:
+    """A rival's name, with its load where that is another than forkd's."""
+    streams = {run.streams for run in comparison.rival_runs(rival)} - {comparison.shape.streams}
+    return f"{rival} ({', '.join(map(str, streams))} streams)" if streams else rival
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What makes the figures doubtful, and what went wrong first when streams were lost."""
     found = [_LOAD_NOTE] if comparison.shape != DEFAULT and not comparison.all_at_once else []
-    for side, runs in (("floor", comparison.floor_runs), ("forkd", comparison.forkd_runs)):
+    sides = [("floor", comparison.floor_runs), ("forkd", comparison.forkd_runs)]
+    sides += [(name, comparison.rival_runs(name)) for name in comparison.rivals]
+    for side, runs in sides:
         for number, run in enumerate(runs, 1):
             if run.lost:
                 fates = ", ".join(f"{count} {fate}" for fate, count in run.fates.items())
                 found.append(f"{side}, run {number}: {fates}; {run.explanation}")
-            if run.exit_status not in ((0, -SIGTERM) if side == "floor" else (0,)):
+            if run.exit_status not in ((0,) if side == "forkd" else (0, -SIGTERM)):
                 found.append(f"{side}, run {number}: the daemon ended with status {run.exit_status}")
-            if run.live < comparison.shape.streams:
+            if run.live < run.streams:
                 found.append(f"{side}, run {number}: {run.live} streams were live when the memory was read")
         late = max((run.generator_late_p99_ms or 0 for run in runs), default=0)
         if late > 10 or any(run.generator_cpu_percent > 80 for run in runs):
             found.append(
                 f"{side}: the generator could hardly keep up (up to {late:.0f} ms late): its times are not sound"
             )
+        slow = max((run.api_late_p99_ms or 0 for run in runs), default=0)
+        if slow > 5:
+            found.append(f"{side}: the fake API could hardly keep up (chunks up to {slow:.0f} ms late, p99)")
         others = [run.other_cpu_percent for run in runs if run.other_cpu_percent > 20]
         if others:
             busy = f"in {len(others)} of {len(runs)} runs, up to {max(others):.0f} % of one CPU"
@@ -108,6 +130,10 @@ def write_json(path: Path, comparisons: Sequence[Comparison]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _line(text: str, cells: Sequence[str]) -> str:
+    return f"{text:<{_LABEL_WIDTH}}{''.join(f'{cell:<{_CELL_WIDTH}}' for cell in cells)}".rstrip()
+
+
 def _cell(spread: Spread | None, decimals: int) -> str:
     if spread is None:
         return "-"
@@ -118,4 +144,4 @@ def _cell(spread: Spread | None, decimals: int) -> str:
 
 
 def _check_json(one: Check) -> dict[str, object]:
-    return {"what": one.what, "value": one.value, "limit": one.limit, "ok": one.ok}
+    return {"what": one.what, "value": one.value, "limit": one.limit, "at_least": one.at_least, "ok": one.ok}

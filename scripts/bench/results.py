@@ -40,10 +40,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two runs, one right after the other; one of them with --only."""
+    """Two runs, one right after the other; one of them with --only. After them, those of rivals, by name."""
 
     floor: Run | None
     forkd: Run | None
+    rivals: dict[str, Run] = field(default_factory=dict)
 
 
 FIGURES: Final = (
@@ -60,6 +61,12 @@ FIGURES: Final = (
     "generator_cpu_percent",
     "generator_late_p99_ms",
     "other_cpu_percent",
+    "api_cpu_percent",
+    "api_late_p50_ms",
+    "api_late_p99_ms",
+    "api_first_p99_ms",
+    "api_connections",
+    "api_connections_peak",
 )
 
 
@@ -81,6 +88,27 @@ class Comparison:
     def forkd_runs(self) -> list[Run]:
         """forkd's side of the pairs."""
         return [pair.forkd for pair in self.pairs if pair.forkd]
+
+    @property
+    def rivals(self) -> list[str]:
+        """Who else was measured."""
+        return list(dict.fromkeys(name for pair in self.pairs for name in pair.rivals))
+
+    def rival_runs(self, name: str) -> list[Run]:
+        """A rival's runs."""
+        return [pair.rivals[name] for pair in self.pairs if name in pair.rivals]
+
+    def rival_cpu_ratio(self, name: str) -> Spread | None:
+        """CPU per stream of a rival, floor = 1."""
+        return spread(
+            pair.rivals[name].cpu_us / pair.floor.cpu_us for pair in self.pairs if pair.floor and name in pair.rivals
+        )
+
+    def rival_over_forkd(self, name: str) -> Spread | None:
+        """CPU per stream of a rival, forkd = 1."""
+        return spread(
+            pair.rivals[name].cpu_us / pair.forkd.cpu_us for pair in self.pairs if pair.forkd and name in pair.rivals
+        )
 
     @property
     def cpu_ratio(self) -> Spread | None:
@@ -109,14 +137,28 @@ class Comparison:
             "subject": self.subject.name,
             "workers": self.subject.workers,
             "backend": self.subject.backend,
+            "upstream": self.subject.upstream,
+            "pause_ms": self.subject.pause_ms,
             "ledger": self.subject.ledger,
             "benchmark_flag": self.subject.benchmark,
             "cpu_ratio": _spread_json(self.cpu_ratio),
             "ttfb_p99_over_floor_ms": _spread_json(self.ttfb_over_floor_ms),
             "floor": _figures_json(self.floor_runs),
             "forkd": _figures_json(self.forkd_runs),
+            "rivals": {
+                name: _figures_json(self.rival_runs(name))
+                | {
+                    "cpu_ratio": _spread_json(self.rival_cpu_ratio(name)),
+                    "cpu_over_forkd": _spread_json(self.rival_over_forkd(name)),
+                }
+                for name in self.rivals
+            },
             "pairs": [
-                {"floor": pair.floor and pair.floor.as_json(), "forkd": pair.forkd and pair.forkd.as_json()}
+                {
+                    "floor": pair.floor and pair.floor.as_json(),
+                    "forkd": pair.forkd and pair.forkd.as_json(),
+                    "rivals": {name: run.as_json() for name, run in pair.rivals.items()},
+                }
                 for pair in self.pairs
             ],
         }

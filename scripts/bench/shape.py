@@ -25,9 +25,8 @@ class Shape:
 
     @property
     def words(self) -> list[str]:
-        """One word per event, numbered, so that a stream whose events change places is noticed."""
-        filler = "abcdefghijklmnopqrstuvwxyz-0123456789"
-        return [f"{number:04d}-{filler}"[:WORD_CHARS] for number in range(self.events)]
+        """One word per event."""
+        return numbered_words(self.events)
 
     def __str__(self) -> str:
         clients = "loopback TCP" if self.tcp else "AF_UNIX"
@@ -35,6 +34,12 @@ class Shape:
             f"{self.streams} streams over {self.over_secs:g} s, "
             f"{self.events} events {self.delay_ms:g} ms apart, {clients} clients"
         )
+
+
+def numbered_words(count: int) -> list[str]:
+    """Words as long as floor's text, numbered, so that a stream whose events change places is noticed."""
+    filler = "abcdefghijklmnopqrstuvwxyz-0123456789"
+    return [f"{number:04d}-{filler}"[:WORD_CHARS] for number in range(count)]
 
 
 DEFAULT: Final = Shape(streams=5000, over_secs=5, events=18, delay_ms=500)

@@ -7,6 +7,7 @@ from here, read as a browser would read it and checked word by word.
 import json
 import socket
 import time
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 
@@ -14,11 +15,11 @@ class TrialError(Exception):
     """The daemon does not come up, or does not say what it was told to."""
 
 
-def wait_for_listener(path: Path, timeout_secs: float = 15) -> None:
+def wait_for_listener(path: Path, timeout_secs: float = 15, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> None:
     """Return once something accepts connections at `path`; the daemon is being started, nothing is measured yet."""
     deadline = time.monotonic() + timeout_secs
     while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        with socket.socket(socket.AF_UNIX, kind) as probe:
             try:
                 probe.connect(str(path))
                 return
@@ -63,7 +64,41 @@ def try_streams(path: Path, data: bytes, words: list[str], count: int, timeout_s
     Raises TrialError if one differs from another or does not say `words`, one event each, and then `[DONE]`.
     """
     clients = [hand_over(path, data) for _ in range(count)]
-    bodies = {read_whole(client, timeout_secs) for client in clients}
+    return _common(words, {read_whole(client, timeout_secs) for client in clients})
+
+
+def try_requests(path: Path, request: bytes, words: list[str], count: int, timeout_secs: float = 30) -> bytes:
+    """The same with `request`s of HTTP to a server on a Unix stream socket; the body without its transfer coding."""
+    clients = [_ask(path, request, timeout_secs) for _ in range(count)]
+    return _common(words, {_read_response(client) for client in clients})
+
+
+def _ask(path: Path, request: bytes, timeout_secs: float) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(timeout_secs)
+    try:
+        client.connect(str(path))
+        client.sendall(request)
+    except OSError as error:
+        client.close()
+        raise TrialError(f"{path}: cannot ask: {error}") from error
+    return client
+
+
+def _read_response(client: socket.socket) -> bytes:
+    with client:
+        response = HTTPResponse(client)
+        try:
+            response.begin()
+            body = response.read()
+        except (OSError, HTTPException) as error:
+            raise TrialError(f"a trial stream broke: {error}") from error
+    if response.status != 200:
+        raise TrialError(f"a trial stream is not a 200 but {response.status}: {body!r}")
+    return body
+
+
+def _common(words: list[str], bodies: set[bytes]) -> bytes:
     if len(bodies) != 1:
         raise TrialError(f"trial streams differ: {sorted(bodies)!r}")
     body = bodies.pop()
