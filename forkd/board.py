@@ -22,22 +22,23 @@ In OPENING a 200 head may be out already: then the 502's lines are SSE fields of
 The master writes on it too, a few times a second, for the process that serves the metrics: of itself a row, and of each
 worker another. So that process need not ask the master anything, and tells the truth of a master that hangs.
 
-Layout, each part with one writer: WORKERS_MAX rows of 64 bytes by the workers (a cache line each, so that workers do
-not slow each other), as many by the master about them, two lines by the master about itself, then a byte of state per
-slot and a byte of client kind per slot.
+Layout, each part with one writer: WORKERS_MAX rows of 128 bytes by the workers (cache lines of their own, so that
+workers do not slow each other; what changes all the time is in the first), as many by the master about them, one by the
+master about itself, then a byte of state per slot and a byte of client kind per slot.
 """
 
 import mmap
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 WORKERS_MAX: Final = 4096
 """Rows for three generations of the most workers that may be configured; a page nobody writes to costs nothing."""
-_ROW_WORDS: Final = 8
+_ROW_WORDS: Final = 16
 _ROW_BYTES: Final = _ROW_WORDS * 8
-_MASTER_ROWS: Final = 2
+_FIGURES: Final = 8
+"""Where a worker's figures begin in its row: the second cache line."""
 _STAGES: Final = ("starting", "running", "draining", "stopping")
-_LIVES: Final = ("", "starting", "ready", "draining", "dead")
+_LIVES: Final = ("", "starting", "ready", "draining", "dead", "standby")
 
 
 class State(IntEnum):
@@ -63,11 +64,25 @@ class Kind(IntEnum):
     """The response head is out already, the body is not ours to end with words (fdpass)."""
 
 
+class Figures(NamedTuple):
+    """What a worker says of itself once a second, for whoever looks after it.
+
+    oldest_ms is when the oldest of its streams was handed over (monotonic time), 0 if it has none. The last two are of the
+    second before.
+    """
+
+    rss_bytes: int = 0
+    cpu_ms: int = 0
+    oldest_ms: int = 0
+    cpu_percent: float = 0.0
+    streams_per_sec: float = 0.0
+
+
 class Board:
     """The mapping and its views. `states` and `kinds` are indexed by slot."""
 
     def __init__(self, slots: int) -> None:
-        rows = (2 * WORKERS_MAX + _MASTER_ROWS) * _ROW_BYTES
+        rows = (2 * WORKERS_MAX + 1) * _ROW_BYTES
         self.slots = slots
         self.memory = mmap.mmap(-1, rows + 2 * slots)
         whole = memoryview(self.memory)
@@ -95,6 +110,7 @@ class Row:
     current: the slot it is handling this instant plus one, or 0. A worker that dies with it set dies of that slot.
     streams: how many streams are live.
     totals: started, completed, failed, bytes sent, over its whole life; a second old at most.
+    figures: memory, CPU and the like; a second old at most.
     """
 
     __slots__ = ("_at", "_words")
@@ -136,6 +152,22 @@ class Row:
     def store_totals(self, started: int, completed: int, failed: int, sent_bytes: int) -> None:
         for word, total in enumerate((started, completed, failed, sent_bytes), 3):
             self._words[self._at + word] = total
+
+    @property
+    def rss_bytes(self) -> int:
+        return self._words[self._at + _FIGURES]
+
+    @property
+    def figures(self) -> Figures:
+        first = self._at + _FIGURES
+        rss_bytes, cpu_ms, oldest_ms, cpu, rate = self._words[first : first + 5]
+        return Figures(rss_bytes, cpu_ms, oldest_ms, cpu / 1000, rate / 1000)
+
+    def store_figures(self, figures: Figures) -> None:
+        rss_bytes, cpu_ms, oldest_ms, cpu, rate = figures
+        values = (rss_bytes, cpu_ms, oldest_ms, round(cpu * 1000), round(rate * 1000))  # a cell has no fractions
+        for word, value in enumerate(values, self._at + _FIGURES):
+            self._words[word] = value
 
     def cell_of_current(self) -> tuple[memoryview, int]:
         """The view and the index of `current`, for the worker's hot path (a call costs more than the store)."""

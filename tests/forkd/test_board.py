@@ -3,7 +3,7 @@
 import os
 import signal
 
-from forkd.board import WORKERS_MAX, Board, Kind, State
+from forkd.board import WORKERS_MAX, Board, Figures, Kind, State
 
 
 def test_it_starts_empty() -> None:
@@ -23,6 +23,7 @@ def test_no_two_cells_overlap() -> None:
         row.store_current(2000 + index)
         row.store_streams(3000 + index)
         row.store_totals(1, 2, 3, 2**63 + index)
+        row.store_figures(Figures(2**40 + index, 8, 9, 99.875, 1234.5))
         peer = board.peer_row(index)
         peer.store_born(4000 + index, 5)
         peer.store("ready", 6, late=True)
@@ -36,6 +37,8 @@ def test_no_two_cells_overlap() -> None:
         row = board.row(index)
         assert (row.beat, row.current, row.streams) == (1000 + index, 2000 + index, 3000 + index)
         assert row.totals == (1, 2, 3, 2**63 + index)
+        assert row.figures == (2**40 + index, 8, 9, 99.875, 1234.5)
+        assert row.rss_bytes == 2**40 + index
         peer = board.peer_row(index)
         assert (peer.life, peer.pid, peer.generation, peer.streams, peer.late) == ("ready", 4000 + index, 5, 6, True)
     master = board.master_row()
@@ -51,8 +54,10 @@ def test_a_row_can_be_cleared_for_the_next_worker_of_its_index() -> None:
     board.row(4).store_beat(9)
     board.row(5).store_beat(10)
     board.row(4).store_totals(1, 1, 1, 1)
+    board.row(4).store_figures(Figures(1, 1, 1, 1.0, 1.0))
     board.row(4).clear()
     assert board.row(4).beat == 0
+    assert board.row(4).figures == Figures()
     assert board.row(4).totals == (0, 0, 0, 0)
     assert board.row(5).beat == 10
 
@@ -65,6 +70,13 @@ def test_restarts_outlive_the_workers_they_count() -> None:
         peer.store_gone(asked=asked)
         assert peer.life == ""
     assert peer.restarts == 2
+
+
+def test_figures_have_three_decimals() -> None:
+    row = Board(1).row(1)
+    assert row.figures == Figures() == (0, 0, 0, 0.0, 0.0)
+    row.store_figures(Figures(cpu_percent=12.34567, streams_per_sec=0.0004))
+    assert (row.figures.cpu_percent, row.figures.streams_per_sec) == (12.346, 0.0)
 
 
 def test_the_hot_cell_is_the_slot_in_hand() -> None:

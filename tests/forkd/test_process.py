@@ -150,6 +150,22 @@ def test_settled_memory_is_left_alone_by_the_collector() -> None:
     assert in_a_child(act) == "(True, True, True)"
 
 
+def test_usage_is_what_ps_says() -> None:
+    usage = process.Usage()
+    ps = psutil.Process()
+    assert abs(usage.rss_bytes() - ps.memory_info().rss) < 8 << 20
+    assert abs(usage.cpu_secs() - sum(ps.cpu_times()[:2])) < 0.5
+
+
+def test_usage_needs_no_fd_that_is_free() -> None:
+    def act() -> bool:
+        usage = process.Usage()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        return usage.rss_bytes() > 0 and usage.cpu_secs() > 0
+
+    assert in_a_child(act) == "True"
+
+
 @pytest.mark.parametrize(("code", "said"), [(0, "exited with status 0"), (3, "exited with status 3")])
 def test_how_it_ended(code: int, said: str) -> None:
     assert process.how_it_ended(code) == said
