@@ -457,7 +457,7 @@ def test_reads_that_come_in_bits(store: Attachments, data_dir: Path, monkeypatch
 
 
 def test_a_large_text_leaves_the_loop_its_turns(store: Attachments, data_dir: Path) -> None:
-    """Checked in one call, this one keeps the GIL for 0.4 s. (The best of a few: machines have other things to do.)"""
+    """Checked in one call, this one keeps the GIL for 0.1 to 0.5 s, in pieces for 5 ms. The best of a few counts."""
     (data_dir / "large").write_bytes("zwölf Boxkämpfer jagen ".encode() * 2_600_000)
     worst = []
     for _ in range(5):
@@ -469,7 +469,7 @@ def test_a_large_text_leaves_the_loop_its_turns(store: Attachments, data_dir: Pa
             now = time.monotonic()
             gap, last = max(gap, now - last), now
         worst.append(gap)
-        if gap < 0.1:
+        if gap < 0.05:
             return
     pytest.fail(f"nobody else ran for {min(worst)} s")
 
@@ -493,9 +493,17 @@ def to_directory(file: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("swap", [to_link, to_fifo, to_directory, Path.unlink])
+@pytest.mark.parametrize(
+    ("swap", "why"),
+    [
+        (to_link, "is a symbolic link"),
+        (to_fifo, "is no regular file"),
+        (to_directory, "is no regular file"),
+        (Path.unlink, "does not exist"),
+    ],
+)
 def test_a_file_swapped_between_the_look_and_the_open(
-    store: Attachments, data_dir: Path, monkeypatch: pytest.MonkeyPatch, swap: Callable[[Path], None]
+    store: Attachments, data_dir: Path, monkeypatch: pytest.MonkeyPatch, swap: Callable[[Path], None], why: str
 ) -> None:
     real = os.open
     swapped = []
@@ -507,8 +515,7 @@ def test_a_file_swapped_between_the_look_and_the_open(
         return real(path, flags, *args, **more)
 
     monkeypatch.setattr("os.open", open_)
-    code, _ = refused(lambda: load(store, "a.txt"))
-    assert code == "bad_attachment"
+    assert refused(lambda: load(store, "a.txt")) == ("bad_attachment", f"attachment it: {why}")
     assert swapped
 
 
@@ -542,6 +549,24 @@ def test_a_file_swapped_before_its_deletion(
     store.delete({"it": "a.txt"})
     assert not (data_dir / "a.txt").is_symlink()
     assert (data_dir.parent / "outside" / "secret.txt").read_bytes() == SECRET
+
+
+def test_a_directory_swapped_before_the_sweep_enters_it(
+    store: Attachments, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    age(data_dir.parent / "outside" / "secret.txt", 7200)
+    real = os.open
+
+    def open_(path: Any, flags: int, *args: Any, **more: Any) -> int:
+        if path == "sub":
+            (data_dir / "sub").rename(data_dir / ".moved")
+            (data_dir / "sub").symlink_to("../outside")
+        return real(path, flags, *args, **more)
+
+    monkeypatch.setattr("os.open", open_)
+    assert store.sweep(3600) == 0
+    assert (data_dir / "sub").is_symlink()
+    assert (data_dir.parent / "outside" / "secret.txt").exists()
 
 
 def test_a_live_race(store: Attachments, data_dir: Path) -> None:

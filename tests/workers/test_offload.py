@@ -198,6 +198,7 @@ def test_signals_are_the_loops(loop: Loop, make: Callable[..., Offload]) -> None
     offload = make()
     masks: list[Any] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.SIGTERM not in before
     offload.run(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), masks.append)
     eventually(lambda: masks, loop)
     assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGCHLD, signal.SIGABRT} <= masks[0]
@@ -283,7 +284,7 @@ def test_close_while_a_function_runs(loop: Loop, make: Callable[..., Offload]) -
     assert not outcomes
 
 
-def test_close_in_a_done(loop: Loop, make: Callable[..., Offload]) -> None:
+def test_close_in_a_done(loop: Loop, make: Callable[..., Offload], caplog: pytest.LogCaptureFixture) -> None:
     offload = make(threads=1)
     outcomes: list[Any] = []
     offload.run(lambda: 1, lambda _: offload.close())
@@ -291,4 +292,5 @@ def test_close_in_a_done(loop: Loop, make: Callable[..., Offload]) -> None:
     eventually(lambda: len(offload._outcomes) == 2)
     loop.turn()
     assert not outcomes
+    assert not caplog.records
     assert not loop.selector.get_map()
