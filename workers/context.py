@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.settings import Settings
+from workers.attachments import Attachments
 from workers.backends.base import Backend
 from workers.loop import Loop, to_ticks
+from workers.offload import Offload
+from workers.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from workers.stream import Stream
@@ -21,6 +24,7 @@ class Timings:
     write_timeout: float
     heartbeat: float
     max_duration: float
+    headers_after: float
     linger_ticks: int
     checkup_ticks: int
     """The longest between two looks at a stream's deadlines, and the longest that a finished one stays in memory."""
@@ -28,12 +32,19 @@ class Timings:
     @classmethod
     def of(cls, settings: Settings) -> "Timings":
         server = settings.server
-        limits = (server.write_timeout_secs, server.heartbeat_secs, server.max_stream_duration_secs, 10.0)
+        limits = (
+            server.write_timeout_secs,
+            server.heartbeat_secs,
+            server.max_stream_duration_secs,
+            server.headers_after_secs,
+            10.0,
+        )
         shortest = min(secs for secs in limits if secs)
         return cls(
             server.write_timeout_secs,
             server.heartbeat_secs,
             server.max_stream_duration_secs,
+            server.headers_after_secs,
             to_ticks(server.linger_secs),
             to_ticks(shortest / 2),
         )
@@ -60,6 +71,11 @@ class Context:
     logs: Logs
     log: logging.Logger
     metrics: Metrics
+    pools: dict[str, Pool]
+    """The connections of each HTTP backend, by its name."""
+    attachments: Attachments
+    files: Offload
+    """For reading and deleting attachments beside the loop."""
     finished: list[tuple[int, int]] = field(default_factory=list)
     started: int = 0
     completed: int = 0

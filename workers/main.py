@@ -17,14 +17,22 @@ from forkd import channel, handoff, process
 from forkd.boot import Boot
 from forkd.channel import Down, Up
 from forkd.metrics import Metrics
+from workers.attachments import Attachments
 from workers.backends import registry
+from workers.backends.base import HttpBackend
 from workers.context import Context, Timings
+from workers.figures import Measure
 from workers.loop import Loop, to_ticks
+from workers.offload import Offload
 from workers.reception import Reception
+from workers.upstream.dns import Resolver
+from workers.upstream.origin import Origin
+from workers.upstream.pool import Pool
 
 MESSAGES_PER_TURN: Final = 64
 PAIRS_PER_MESSAGE: Final = 4096
 HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
+SWEEP_TICKS: Final = to_ticks(60.0)
 
 _HANDLED: Final = (signal.SIGTERM, signal.SIGUSR1)
 _IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE)
@@ -40,6 +48,11 @@ class Worker:
         self._loop = Loop()
         words, current = boot.board.row(boot.index).cell_of_current()
         self._row = boot.board.row(boot.index)
+        settings = boot.settings
+        backends = dict(registry.build(settings))
+        metrics = Metrics(boot.metrics_dir, f"{boot.side}worker-{boot.index}")
+        names = Offload(self._loop)
+        resolver = Resolver(self._loop, names)
         self._context = Context(
             index=boot.index,
             loop=self._loop,
@@ -48,16 +61,31 @@ class Worker:
             current=current,
             settings=boot.settings,
             timings=Timings.of(boot.settings),
-            backends=dict(registry.build(boot.settings)),
+            backends=backends,
             logs=boot.logs,
             log=boot.logs.logger,
-            metrics=Metrics(boot.metrics_dir, f"worker-{boot.index}"),
+            metrics=metrics,
+            pools={
+                name: Pool(
+                    self._loop,
+                    boot.logs.logger,
+                    metrics,
+                    name,
+                    backend.settings,
+                    Origin(backend.settings, resolver, names),
+                )
+                for name, backend in backends.items()
+                if isinstance(backend, HttpBackend)
+            },
+            attachments=Attachments(settings.server.data_dir),
+            files=Offload(self._loop),
         )
         if self._context.metrics.fault is not None:
             boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)
         self._reception = Reception(self._context)
         self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
         self._title = process.Title()
+        self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
         self._draining = False
         self._hears = True
@@ -75,6 +103,7 @@ class Worker:
         beat = 0
         self._say(Up.READY)
         self._housekeeping()
+        self._sweep()
         while not self._draining or context.streams or context.finished or self._returned:
             loop.turn()
             words[current] = 0
@@ -179,6 +208,7 @@ class Worker:
         live = len(context.streams)
         self._row.store_streams(live)
         self._store_totals()
+        self._row.store_figures(self._measure.take(context.started, context.streams))
         dropped = context.logs.sink.take_dropped()
         if dropped:
             context.metrics.count("forkd_log_lines_dropped_total", amount=dropped)
@@ -187,6 +217,22 @@ class Worker:
         state = " draining" if self._draining else ""
         self._title.show(f"forkd: worker {boot.index} [gen {boot.generation}]{state} streams={live}", self._loop.now)
         self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping))
+
+    def _sweep(self) -> None:
+        """Attachments that no stream came for, or whose worker died."""
+        context = self._context
+        server = context.settings.server
+        if server.data_dir is not None and server.attachments_max_age_secs:
+            max_age = server.attachments_max_age_secs
+            context.files.run(lambda: context.attachments.sweep(max_age), self._swept)
+
+    def _swept(self, outcome: int | Exception) -> None:
+        log = self._context.log
+        if isinstance(outcome, Exception):
+            log.warning("old attachments could not be swept: %s", outcome)
+        elif outcome:
+            log.info("%d old attachments deleted", outcome)
+        self._loop.after(SWEEP_TICKS, _Callback(self._sweep))
 
 
 class _Callback:

@@ -40,6 +40,10 @@ class PacedSource:
         """Let go of the stream; the tick that is still to come finds none."""
         self._stream = None
 
+    def check(self, now: float) -> float:
+        """It has no deadlines."""
+        return float("inf")
+
     def tick(self) -> None:
         """The delay is over: send the text, and all that follows without a delay; wait for the next."""
         stream = self._stream

@@ -13,11 +13,12 @@ from forkd.handoff import (
     check_client,
     read_sealed_memfd,
 )
-from workers.backends.base import Backend, PacedBackend
+from workers.backends.base import Backend, HttpBackend, PacedBackend
 from workers.context import Context
 from workers.paced import PacedSource
+from workers.relay import RelaySource
 from workers.request import Request, parse
-from workers.stream import Stream
+from workers.stream import Source, Stream
 
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing from some builds of Python; tcp(7)
 
@@ -168,7 +169,9 @@ class Reception:
             context.log.warning("stream %s: response headers refused: %r", stream.request_id, request.refused_fields)
 
 
-def _source(context: Context, stream: Stream, backend: Backend, request: Request) -> PacedSource:
+def _source(context: Context, stream: Stream, backend: Backend, request: Request) -> Source:
     """The source that drives this shape of backend."""
+    if isinstance(backend, HttpBackend):
+        return RelaySource(context, stream, backend, request)
     assert isinstance(backend, PacedBackend)
     return PacedSource(context, stream, backend.steps(request.data))

@@ -11,7 +11,9 @@ and ends once. Three questions decide what each act means, and each has one fiel
 What the board says of the slot is stored before each act, here and in `client`; `forkd.board` has the table.
 """
 
+import math
 import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from forkd.board import State
@@ -41,7 +43,10 @@ class Source(Protocol):
         """The client has caught up."""
 
     def cancel(self) -> None:
-        """Nobody listens any more: stop and free everything."""
+        """Nobody listens any more: stop and free everything. Called once for every source that was started."""
+
+    def check(self, now: float) -> float:
+        """Look at your deadlines, and say in how many seconds to look again at the latest."""
 
 
 class Stream:
@@ -50,19 +55,23 @@ class Stream:
     __slots__ = (
         "_client",
         "_context",
+        "_encode",
         "_fields",
         "_first_at",
         "_method",
         "_paused",
-        "_received_at",
         "attempt",
         "backend",
         "chunks",
+        "input_tokens",
+        "model",
         "outcome",
+        "output_tokens",
         "remote",
         "request_id",
         "slot",
         "source",
+        "started_at",
         "status",
         "user_id",
     )
@@ -82,7 +91,11 @@ class Stream:
         self.status = 0
         self.outcome = ""
         self.chunks = 0
-        self._received_at = received_at
+        self.started_at = received_at
+        self.model: str | None = None
+        self.input_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self._encode: Callable[[str], bytes] = sse.content_event
         self._first_at = 0.0
         self._paused = False
         self._fields = request.fields
@@ -100,21 +113,29 @@ class Stream:
         """Let `source` feed the stream."""
         self.backend = backend
         self.source = source
-        self._context.loop.after(self._context.timings.checkup_ticks, self)
+        self._encode = backend.encode
         if self._method == "HEAD":
+            self._context.loop.after(self._context.timings.checkup_ticks, self)
             self._open(b"")
             self._finish("ok")
             return
         source.start()
+        context = self._context
+        self._come_again(source.check(context.loop.now) if self.source is not None else float("inf"))
 
     # What a source says.
 
     def text(self, text: str) -> None:
         """A piece of the answer."""
+        self.event(self._encode(text))
+
+    def event(self, event: bytes) -> None:
+        """A whole event, already in the form that the client gets."""
         if self.outcome:
             return
         self.chunks += 1
-        event = sse.content_event(text)
+        if not self._first_at:
+            self._first_at = self._context.loop.now
         if not self.status:
             self._open(event)
             return
@@ -124,18 +145,21 @@ class Stream:
             self._paused = True
             self.source.pause()
 
-    def done(self) -> None:
+    def done(self, ending: bytes = sse.DONE) -> None:
         """The answer is complete."""
         if self.outcome:
             return
-        if self.status:
-            self._client.write(sse.DONE)
-        else:
-            self._open(sse.DONE)
+        if not self.status:
+            self._open(ending)
+        elif ending:
+            self._client.write(ending)
         self._finish("ok")
 
-    def fail(self, code: str) -> None:
-        """The answer failed: tell the client, by a status if there is still time for one, else by an event."""
+    def fail(self, code: str, retry_after_secs: float = 0.0) -> None:
+        """The answer failed: tell the client, by a status if there is still time for one, else by an event.
+
+        `retry_after_secs` goes into the answer if its status is 429 or 503.
+        """
         if self.outcome:
             return
         reason = REASONS[code]
@@ -145,7 +169,7 @@ class Stream:
         else:
             self.status = reason.status or 500
             self._context.states[self.slot] = State.OPENING
-            retry = RETRY_AFTER_SECS if self.status == 503 else 0
+            retry = math.ceil(retry_after_secs) or RETRY_AFTER_SECS if self.status in (429, 503) else 0
             answer = response.error_response(self.status, self.request_id, self._fields, body, retry)
             self._client.write(answer.removesuffix(body) if self._method == "HEAD" else answer)
         self._finish(code)
@@ -227,11 +251,20 @@ class Stream:
             self._come_again(wait)
             return
         if timings.max_duration:
-            left = self._received_at + timings.max_duration - now
+            left = self.started_at + timings.max_duration - now
             if left <= 0:
                 self.fail("max_duration")
                 left = 0.0
             wait = min(wait, left)
+        if timings.headers_after and not self.status and not self.outcome:
+            left = self.started_at + timings.headers_after - now
+            if left <= 0:
+                # The model thinks for long: balancers in between want to see something.
+                self._open(sse.HEARTBEAT)
+            else:
+                wait = min(wait, left)
+        if self.source is not None:
+            wait = min(wait, self.source.check(now))
         if timings.heartbeat and self.status and not stalled and not self.outcome:
             quiet = now - client.progress_at
             if quiet >= timings.heartbeat:
@@ -250,7 +283,6 @@ class Stream:
         """Write the head, and the first event with it: one system call, one packet."""
         context = self._context
         self.status = 200
-        self._first_at = context.loop.now
         head = response.stream_head(self.request_id, self._fields)
         self._fields = b""
         context.states[self.slot] = State.OPENING
@@ -286,8 +318,8 @@ class Stream:
         now = context.loop.now
         code = self.outcome
         sent = self._client.sent
-        duration = now - self._received_at
-        ttfb = self._first_at - self._received_at if self._first_at else -1.0
+        duration = now - self.started_at
+        ttfb = self._first_at - self.started_at if self._first_at else -1.0
         backend = self.backend.name if self.backend is not None else ""
         context.metrics.stream_ended(backend, sent, self.chunks, duration, ttfb)
         context.sent_bytes += sent
@@ -306,7 +338,7 @@ class Stream:
                     self.user_id,
                     self.remote,
                     backend,
-                    None,
+                    self.model,
                     self.status,
                     sent,
                     self.chunks,
@@ -314,5 +346,7 @@ class Stream:
                     int(duration * 1000),
                     context.index,
                     code,
+                    self.input_tokens,
+                    self.output_tokens,
                 ),
             )

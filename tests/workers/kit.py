@@ -15,8 +15,10 @@ from forkd.logs import Logs, Sink
 from forkd.metrics import Metrics
 from forkd.settings import Server, Settings
 from tests.harness import Answer
+from workers.attachments import Attachments
 from workers.context import Context, Timings
 from workers.loop import Loop
+from workers.offload import Offload
 from workers.request import Request, parse
 from workers.stream import Stream
 
@@ -75,6 +77,9 @@ class World:
             logs=logs,
             log=logging.getLogger("forkd"),
             metrics=Metrics(None, "test"),
+            pools={},
+            attachments=Attachments(None),
+            files=Offload(self.loop),
         )
         self.loop.turn()
 
@@ -99,8 +104,8 @@ class World:
     def state(self, slot: int) -> State:
         return State(self.board.states[slot])
 
-    def count(self, name: str, label: str = "") -> float:
-        return self.context.metrics._counts[name, label]
+    def count(self, name: str, *labels: str) -> float:
+        return self.context.metrics._counts[name, *labels]
 
     def access(self) -> list[dict[str, str]]:
         self.context.logs.sink.flush()

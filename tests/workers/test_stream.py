@@ -24,6 +24,9 @@ class Source:
     def __init__(self) -> None:
         self.told: list[str] = []
 
+    def check(self, now: float) -> float:
+        return float("inf")
+
     def __getattr__(self, name: str) -> Callable[[], None]:
         return lambda: self.told.append(name)
 
@@ -226,7 +229,7 @@ def test_a_client_that_goes_away(world: World) -> None:
 
 
 def test_a_quiet_stream_gets_comments(make_world: Callable[..., World]) -> None:
-    world = make_world(heartbeat_secs=15, max_stream_duration_secs=0)
+    world = make_world(heartbeat_secs=15, max_stream_duration_secs=0, headers_after_secs=0)
     stream, client, _ = begin(world)
     world.advance(60)
     assert read_now(client) == b""  # there is no head to hang a comment on
@@ -238,6 +241,25 @@ def test_a_quiet_stream_gets_comments(make_world: Callable[..., World]) -> None:
     assert read_now(client) == sse.HEARTBEAT * 4
     stream.done()
     assert world.read(client).raw == sse.DONE
+
+
+def test_a_model_that_thinks_for_long_gets_its_head_early(make_world: Callable[..., World]) -> None:
+    world = make_world(heartbeat_secs=15, headers_after_secs=10)
+    stream, client, _ = begin(world)
+    world.advance(9.9)
+    assert read_now(client) == b""
+    world.advance(0.2)
+    assert world.state(SLOT) == State.OPEN
+    head = read_now(client)
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert head.endswith(b"\r\n\r\n" + sse.HEARTBEAT)
+    world.advance(16)
+    assert read_now(client) == sse.HEARTBEAT
+    stream.fail("backend_timeout")  # from now on a failure is an event
+    answer = world.read(client)
+    assert answer.raw.startswith(b"event: error\n")
+    (line,) = world.access()
+    assert (line["status"], line["reason"], line["ttfb_ms"]) == ("200", "backend_timeout", "-")
 
 
 def test_no_comments_where_none_are_wanted(make_world: Callable[..., World]) -> None:
@@ -253,7 +275,7 @@ def test_no_comments_where_none_are_wanted(make_world: Callable[..., World]) -> 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_stream_may_last_so_long(make_world: Callable[..., World], begun: bool) -> None:
-    world = make_world(max_stream_duration_secs=300, heartbeat_secs=0)
+    world = make_world(max_stream_duration_secs=300, heartbeat_secs=0, headers_after_secs=0)
     stream, client, source = begin(world)
     if begun:
         stream.text("a")

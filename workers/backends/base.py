@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple, TypeAlias
 
+from forkd.settings import HttpBackend as Settings
 from workers import sse
 from workers.attachments import Attachment
 from workers.request import HandoffData, Request
@@ -83,6 +84,19 @@ class HttpBackend(Backend):
 
     repeatable: ClassVar[bool] = True
     """Whether the API may see the same request twice: asked again when it may or may not have taken the first one."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name)
+        self.settings = settings
+        self.raw = settings.format == "raw"
+        """The client gets the API's own events; what `translate` makes of them only counts."""
+        self._labels = frozenset({settings.default_model, *settings.models})
+
+    def label(self, model: str) -> str:
+        """What the metrics call this model: its name if it was configured, or there would be a series for each name
+        that somebody makes up.
+        """
+        return model if model in self._labels else "other"
 
     @abstractmethod
     def request(self, handoff: Request, request_id: str, attachments: Mapping[str, Attachment]) -> HttpRequest:

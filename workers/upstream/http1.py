@@ -1,0 +1,269 @@
+"""HTTP/1.1 (RFC 9112): one connection, one exchange at a time.
+
+Theory of operation. The connection is IDLE (no exchange; kept by the pool) or BUSY. httptools takes the answer apart
+and calls the `on_...` methods; what they leave behind says how the connection may go on:
+
+    the message ended, keep-alive, nothing behind it    IDLE again
+    the message ended otherwise                          closed
+    the connection ended first                           the end of the message if its head gave no length, else a fault
+    bytes came while IDLE                                closed: some servers say farewell that way
+
+An answer's head is bounded here (the parser has no bound), its body by whoever takes it.
+"""
+
+from typing import Final, Protocol
+
+import httptools
+
+from workers.loop import Loop, to_ticks
+from workers.upstream.exchange import NOBODY, Exchange, Failure
+from workers.upstream.message import HttpRequest
+from workers.upstream.transport import Transport
+
+HEAD_MAX_BYTES: Final = 65536
+RELEASE_TICKS: Final = to_ticks(1.0)
+"""How long a released exchange may take to end."""
+
+
+class Owner(Protocol):
+    """The pool."""
+
+    def idle(self, connection: "Http1") -> None:
+        """It may carry another exchange."""
+
+    def closed(self, connection: "Http1") -> None:
+        """It is no more. Said once."""
+
+
+def head(request: HttpRequest, authority: str, base_path: str) -> bytes:
+    """The request up to the body. The pool has looked at the fields."""
+    lines = [f"POST {base_path}{request.path} HTTP/1.1", f"host: {authority}"]
+    lines += [f"{name}: {value}" for name, value in request.headers]
+    lines += ["accept-encoding: identity", f"content-length: {len(request.body)}", "", ""]
+    return "\r\n".join(lines).encode("ascii")
+
+
+class Http1:
+    """One connection. It takes over `transport`, which is connected."""
+
+    __slots__ = (
+        "_answered",
+        "_authority",
+        "_base_path",
+        "_exchange",
+        "_fields",
+        "_head_bytes",
+        "_keep",
+        "_loop",
+        "_owner",
+        "_parser",
+        "_to_eof",
+        "_transport",
+        "_uses",
+        "idle_since",
+    )
+
+    def __init__(self, loop: Loop, owner: Owner, transport: Transport, authority: str, base_path: str) -> None:
+        self._loop = loop
+        self._owner = owner
+        self._transport = transport
+        self._authority = authority
+        self._base_path = base_path
+        self._exchange: Exchange | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._fields: dict[str, str] | None = None
+        self._head_bytes = 0
+        self._answered = False
+        """A byte of the answer has come."""
+        self._keep = False
+        self._to_eof = False
+        """The message ends where the connection ends: its head gave no length (RFC 9112, 6.3)."""
+        self._uses = 0
+        self.idle_since = loop.now
+        transport.owner = self
+
+    def send(self, exchange: Exchange) -> None:
+        """Carry `exchange`. The connection must be idle."""
+        request, exchange.request = exchange.request, None  # thousands wait for their answers: let go of the body
+        assert request is not None
+        exchange.carrier = self
+        self._exchange = exchange
+        self._answered = self._keep = self._to_eof = False
+        self._head_bytes = 0
+        self._uses += 1
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        self._transport.write(head(request, self._authority, self._base_path) + request.body)
+
+    def pause(self, _exchange: Exchange) -> None:
+        """Read nothing."""
+        self._transport.pause()
+
+    def resume(self, _exchange: Exchange) -> None:
+        """Read again."""
+        self._transport.resume()
+
+    def cancel(self, exchange: Exchange) -> None:
+        """HTTP/1.1 has no other way to end an answer than to close the connection."""
+        if exchange is self._exchange:
+            self._close()
+
+    def release(self, exchange: Exchange) -> None:
+        """Read on to the end of the message, for a moment."""
+        if exchange is self._exchange:
+            self._transport.resume()
+            self._loop.after(RELEASE_TICKS, _Release(self, exchange))
+
+    def release_ended(self, exchange: Exchange) -> None:
+        """The moment is over."""
+        if exchange is self._exchange:
+            self._close()
+
+    def close(self) -> None:
+        """Close an idle connection; nothing is told."""
+        self._parser = None  # holds our bound methods: a circle
+        self._transport.close()
+
+    def _close(self) -> None:
+        self._exchange = None
+        self.close()
+        self._owner.closed(self)
+
+    # The transport's.
+
+    def connected(self, protocol: str) -> None:
+        """Never: the transport was connected before."""
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        exchange, parser = self._exchange, self._parser
+        if exchange is None or parser is None:
+            self._close()
+            return
+        if not self._answered or self._fields is not None:
+            self._head_bytes += len(data)
+            self._answered = True
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail("backend_garbled", "it wants another protocol")
+        except httptools.HttpParserError as error:
+            # A message that ended before the fault is whole: its length was a lie, and the connection is closed.
+            if self._exchange is not None:
+                self._fail("backend_garbled", f"HTTP/1.1: {error}")
+            elif self._transport.fd >= 0:
+                self._close()
+            return
+        if self._head_bytes > HEAD_MAX_BYTES and self._fields is not None:
+            self._fail("backend_head_too_large", f"the head has more than {HEAD_MAX_BYTES} bytes")
+        elif self._exchange is None and self._transport.fd >= 0:
+            self._ended()
+
+    def lost(self, code: str, detail: str) -> None:
+        """The transport is closed."""
+        exchange = self._exchange
+        if exchange is not None and not code and self._to_eof:
+            self._exchange = None
+            self._complete(exchange)
+            exchange = None
+        self._exchange = None
+        self._parser = None
+        self._owner.closed(self)
+        if exchange is not None:
+            stale = self._uses > 1 and not self._answered
+            exchange.fail(Failure(code or "backend_reset", detail, stale=stale))
+
+    def crashed(self, error: Exception) -> None:
+        """A bug, ours or the receiver's."""
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.receiver.crashed(error)
+        if self._transport.fd >= 0:
+            self._close()
+
+    # The parser's.
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._fields = {}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One field."""
+        if self._fields is not None:
+            self._fields[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        """The head is whole. An interim one (1xx) is passed over."""
+        exchange, parser, fields = self._exchange, self._parser, self._fields
+        if exchange is None or parser is None or fields is None:
+            return
+        self._fields = None
+        status = parser.get_status_code()
+        if status < 200:
+            return
+        exchange.status = status
+        self._to_eof = "content-length" not in fields and "transfer-encoding" not in fields
+        try:
+            exchange.receiver.response(status, fields)
+        except Exception as error:
+            exchange.receiver.crashed(error)
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body."""
+        exchange = self._exchange
+        if exchange is not None:
+            try:
+                exchange.receiver.body(data)
+            except Exception as error:
+                exchange.receiver.crashed(error)
+
+    def on_message_complete(self) -> None:
+        """The message is whole."""
+        exchange, parser = self._exchange, self._parser
+        if exchange is None or parser is None or not exchange.status:
+            return
+        self._exchange = None
+        self._keep = parser.should_keep_alive()
+        self._complete(exchange)
+
+    # Inside.
+
+    def _complete(self, exchange: Exchange) -> None:
+        receiver, exchange.receiver = exchange.receiver, NOBODY
+        exchange.carrier = None
+        try:
+            receiver.complete()
+        except Exception as error:
+            receiver.crashed(error)
+
+    def _ended(self) -> None:
+        """The message is whole and nothing came behind it."""
+        if self._keep and self._fields is None and not self._transport.unsent_bytes:
+            self._transport.resume()
+            self.idle_since = self._loop.now
+            self._owner.idle(self)
+        else:
+            self._close()
+
+    def _fail(self, code: str, detail: str) -> None:
+        exchange, self._exchange = self._exchange, None
+        if self._transport.fd >= 0:
+            self._close()
+        if exchange is not None:
+            exchange.fail(Failure(code, detail))
+
+
+class _Release:
+    """The moment of a released exchange."""
+
+    __slots__ = ("_connection", "_exchange")
+
+    def __init__(self, connection: Http1, exchange: Exchange) -> None:
+        self._connection = connection
+        self._exchange = exchange
+
+    def tick(self) -> None:
+        self._connection.release_ended(self._exchange)
+
+    def crashed(self, error: Exception) -> None:
+        self._connection.crashed(error)

@@ -1,0 +1,443 @@
+"""One connection to an upstream, without blocking: TCP or Unix, plain or under TLS.
+
+Theory of operation. A Transport owns its fd from `open` until `lost` is said or `close` is called, and tells its owner:
+
+    connected(protocol)   once: bytes may be sent. `protocol` is what TLS negotiated (ALPN), or ""
+    received(data)        bytes came
+    lost(code, detail)    once, and then nothing more: the connection is no more. `code` is one of `forkd.reasons`, or
+                          "" when the upstream closed it in order
+
+It tries the addresses one after the other, each for `connect_secs` with its TLS handshake, and the last fault is told.
+A failed handshake for want of trust is final: another address of the same name would have the same certificate.
+
+TLS runs between two memory buffers (`ssl.MemoryBIO`): one large recv for many records, where a TLS socket takes two
+system calls for each.
+"""
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Final, NamedTuple, Protocol
+
+from workers.loop import Loop, to_ticks
+from workers.upstream.dns import Address
+
+READ_BYTES: Final = 65536
+_TLS_READ_BYTES: Final = 16384  # no record holds more: RFC 8446, 5.1
+_BACKLOG_FULL: Final = errno.EAGAIN  # what connect says of a Unix socket whose backlog is full: unix(7)
+
+
+class Route(NamedTuple):
+    """How to get there."""
+
+    addresses: Sequence[Address]
+    tls: ssl.SSLContext | None
+    server_name: str
+    connect_secs: float
+
+
+class Owner(Protocol):
+    """Who is told about a connection."""
+
+    def connected(self, protocol: str) -> None: ...
+    def received(self, data: bytes) -> None: ...
+    def lost(self, code: str, detail: str) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
+class Transport:
+    """A connection. `owner` may be replaced at any time. After `close` and `lost` all methods do nothing."""
+
+    __slots__ = (
+        "_attempt",
+        "_connecting",
+        "_events",
+        "_loop",
+        "_reached",
+        "_reading",
+        "_route",
+        "_tls",
+        "_unsent",
+        "fd",
+        "owner",
+    )
+
+    def __init__(self, loop: Loop, owner: Owner, reached: Callable[[Address], None] | None = None) -> None:
+        """`reached` is told the address that answered."""
+        self._loop = loop
+        self.owner = owner
+        self._reached = reached
+        self.fd = -1
+        self._events = 0
+        self._reading = True
+        self._connecting = True
+        self._attempt = 0
+        self._route: Route | None = None
+        self._tls: _Tls | None = None
+        self._unsent: bytearray | None = None
+
+    def open(self, route: Route) -> None:
+        """Connect. The outcome is told later, never from within this call."""
+        self._route = route
+        self._try("there is no address")
+
+    def write(self, data: bytes) -> None:
+        """Send, now or as the upstream takes it."""
+        if self._tls is not None:
+            self._tls.session.write(data)
+            data = self._tls.outgoing.read()
+        self._send(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What `write` was given and the kernel has not taken."""
+        return len(self._unsent) if self._unsent is not None else 0
+
+    def pause(self) -> None:
+        """Read nothing, so that the upstream is held up by its window."""
+        self._reading = False
+        self._watch()
+
+    def resume(self) -> None:
+        """Read again."""
+        self._reading = True
+        self._watch()
+
+    def close(self) -> None:
+        """Close now, saying nothing to the owner."""
+        fd, self.fd = self.fd, -1
+        self._route = None
+        self._tls = None  # holds the session, which holds the buffers: megabytes over thousands of connections
+        self._unsent = None
+        if fd >= 0:
+            if self._events:
+                self._loop.selector.unregister(fd)
+                self._events = 0
+            os.close(fd)
+
+    def on_ready(self, mask: int) -> None:
+        """Called by the loop."""
+        if self.fd < 0:
+            return
+        if self._connecting and self._tls is None:
+            self._connect_ended()
+            return
+        if mask & EVENT_WRITE:
+            self._flush()
+        if mask & EVENT_READ and self.fd >= 0:
+            self._read()
+
+    def crashed(self, error: Exception) -> None:
+        """Called by the loop: a bug of ours or of the owner."""
+        self.owner.crashed(error)
+
+    # Connecting.
+
+    def _try(self, fault: str) -> None:
+        """Connect to the next address; `fault` is what became of the last one."""
+        route = self._route
+        assert route is not None
+        while self._attempt < len(route.addresses):
+            address = route.addresses[self._attempt]
+            try:
+                sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            except OSError as error:  # no fds left, or a family that this machine does not have
+                fault = error.strerror or str(error)
+                self._attempt += 1
+                continue
+            try:
+                if address.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                code = sock.connect_ex(address.sockaddr)
+            except OSError as error:
+                code = error.errno or errno.EINVAL
+            if code in (0, errno.EINPROGRESS, _BACKLOG_FULL):
+                self.fd = sock.detach()
+                deadline = _Deadline(self, self._attempt)
+                self._loop.after(to_ticks(route.connect_secs), deadline)
+                if code == _BACKLOG_FULL:
+                    self._loop.after(1, _Again(self, self._attempt))
+                else:
+                    self._watch()
+                return
+            sock.close()
+            fault = os.strerror(code)
+            self._attempt += 1
+        self._loop.after(1, _Lost(self, fault))
+
+    def _connect_ended(self) -> None:
+        """The kernel has an outcome: connect(2)."""
+        sock = socket.socket(fileno=self.fd)
+        try:
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        finally:
+            sock.detach()
+        if code:
+            self._try_next(os.strerror(code))
+            return
+        route = self._route
+        assert route is not None
+        if route.tls is None:
+            self._established("")
+            return
+        try:
+            self._tls = _Tls(route.tls, route.server_name)
+        except (ssl.SSLError, ValueError) as error:  # a name that cannot be one
+            self._lost("backend_untrusted", str(error))
+            return
+        self._watch()
+        self._shake_hands()
+
+    def connect_again(self, attempt: int) -> None:
+        """The Unix socket's backlog was full; `_Again` calls this."""
+        if self.fd < 0 or not self._connecting or attempt != self._attempt or self._events:
+            return
+        route = self._route
+        assert route is not None
+        sock = socket.socket(fileno=self.fd)
+        try:
+            code = sock.connect_ex(route.addresses[self._attempt].sockaddr)
+        finally:
+            sock.detach()
+        if code == _BACKLOG_FULL:
+            self._loop.after(1, _Again(self, attempt))
+        elif code in (0, errno.EINPROGRESS):
+            self._watch()
+        else:
+            self._try_next(os.strerror(code))
+
+    def connect_timed_out(self, attempt: int) -> None:
+        """The time for one address is up; `_Deadline` calls this."""
+        if self.fd >= 0 and self._connecting and attempt == self._attempt:
+            self._try_next("no answer in time")
+
+    def _try_next(self, fault: str) -> None:
+        route = self._route
+        self.close()
+        self._route = route
+        self._attempt += 1
+        self._try(fault)
+
+    def _established(self, protocol: str) -> None:
+        route = self._route
+        assert route is not None
+        if self._reached is not None:
+            self._reached(route.addresses[self._attempt])
+        self._connecting = False
+        self._route = None
+        self._watch()
+        self.owner.connected(protocol)
+
+    def _shake_hands(self) -> None:
+        tls = self._tls
+        assert tls is not None
+        fault: tuple[str, str] | None = None
+        done = True
+        try:
+            tls.session.do_handshake()
+        except ssl.SSLWantReadError:
+            done = False
+        except ssl.SSLCertVerificationError as error:
+            fault = "backend_untrusted", f"its certificate: {error.verify_message}"
+        except ssl.SSLError as error:
+            fault = "backend_garbled", f"TLS: {error.reason or error}"
+        out = tls.outgoing.read()
+        if out:  # an alert too: the upstream's operator may want to know
+            self._send(out)
+        if self.fd < 0:
+            return
+        if fault is not None:
+            self._lost(*fault)
+        elif done:
+            self._established(tls.session.selected_alpn_protocol() or "")
+            if self.fd >= 0 and self._tls is not None:
+                self._decrypt()
+
+    # Reading.
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self.fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._broke(error)
+            return
+        tls = self._tls
+        if not data:
+            if self._connecting:
+                self._try_next("it closed the connection")
+            else:
+                self._lost("", "it closed the connection")
+        elif tls is None:
+            self.owner.received(data)
+        else:
+            tls.incoming.write(data)
+            if self._connecting:
+                self._shake_hands()
+            else:
+                self._decrypt()
+
+    def _decrypt(self) -> None:
+        """Give the owner what is whole by now, in one piece."""
+        tls = self._tls
+        assert tls is not None
+        read, incoming = tls.session.read, tls.incoming
+        pieces: list[bytes] = []
+        lost: tuple[str, str] | None = None
+        try:
+            # One read gives one record, which is never more than it asks for, so that nothing is left inside the
+            # session when the buffer is empty; asking once more would raise, which costs more than the decryption.
+            while incoming.pending:
+                piece = read(_TLS_READ_BYTES)
+                if not piece:
+                    lost = "", "it closed the connection"
+                    break
+                pieces.append(piece)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            lost = "", "it closed the connection"
+        except ssl.SSLError as error:
+            lost = "backend_garbled", f"TLS: {error.reason or error}"
+        out = tls.outgoing.read() if tls.outgoing.pending else b""
+        if out:
+            self._send(out)
+        if pieces and self.fd >= 0:
+            self.owner.received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if lost is not None and self.fd >= 0:
+            self._lost(*lost)
+
+    # Writing.
+
+    def _send(self, data: bytes) -> None:
+        if self._unsent is not None:
+            self._unsent += data
+            return
+        if self.fd < 0:
+            return
+        try:
+            sent = os.write(self.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            # Told by the loop, not from within the owner's call. What the upstream said before it broke comes first.
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                self._loop.after(1, _Lost(self, error.strerror or str(error), "backend_reset"))
+            return
+        if sent != len(data):
+            self._unsent = bytearray(memoryview(data)[sent:])
+            self._watch()
+
+    def _flush(self) -> None:
+        unsent = self._unsent
+        if unsent is None:
+            return
+        try:
+            sent = os.write(self.fd, unsent)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET) and self._reading:
+                self._unsent = None  # it may have said why: reading tells, and then that it is gone
+                self._watch()
+            else:
+                self._broke(error)
+            return
+        if sent != len(unsent):
+            del unsent[:sent]
+            return
+        self._unsent = None
+        self._watch()
+
+    # Inside.
+
+    def _watch(self) -> None:
+        if self.fd < 0:
+            return
+        if self._connecting and self._tls is None:
+            events = EVENT_WRITE
+        else:
+            events = (EVENT_READ if self._reading else 0) | (EVENT_WRITE if self._unsent is not None else 0)
+        if events == self._events:
+            return
+        selector = self._loop.selector
+        if not events:
+            selector.unregister(self.fd)
+        elif not self._events:
+            selector.register(self.fd, events, self)
+        else:
+            selector.modify(self.fd, events, self)
+        self._events = events
+
+    def _broke(self, error: OSError) -> None:
+        detail = error.strerror or str(error)
+        if self._connecting:
+            self._try_next(detail)
+        else:
+            self._lost("backend_reset", detail)
+
+    def _lost(self, code: str, detail: str) -> None:
+        self.close()
+        self.owner.lost(code, detail)
+
+    def give_up(self, code: str, detail: str) -> None:
+        """No address is left, or writing failed; `_Lost` calls this."""
+        if self.fd >= 0 or self._route is not None:
+            self._lost(code, detail)
+
+
+class _Tls:
+    """A TLS session between two buffers."""
+
+    __slots__ = ("incoming", "outgoing", "session")
+
+    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+        self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name)
+
+
+class _Timed:
+    """A deadline of one attempt to connect."""
+
+    __slots__ = ("_attempt", "_transport")
+
+    def __init__(self, transport: Transport, attempt: int) -> None:
+        self._transport = transport
+        self._attempt = attempt
+
+    def crashed(self, error: Exception) -> None:
+        self._transport.crashed(error)
+
+
+class _Deadline(_Timed):
+    __slots__ = ()
+
+    def tick(self) -> None:
+        self._transport.connect_timed_out(self._attempt)
+
+
+class _Again(_Timed):
+    __slots__ = ()
+
+    def tick(self) -> None:
+        self._transport.connect_again(self._attempt)
+
+
+class _Lost:
+    __slots__ = ("_code", "_detail", "_transport")
+
+    def __init__(self, transport: Transport, detail: str, code: str = "backend_unavailable") -> None:
+        self._transport = transport
+        self._detail = detail
+        self._code = code
+
+    def tick(self) -> None:
+        self._transport.give_up(self._code, self._detail)
+
+    def crashed(self, error: Exception) -> None:
+        self._transport.crashed(error)
