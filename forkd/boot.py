@@ -23,3 +23,5 @@ class Boot:
     settings: Settings
     logs: Logs
     metrics_dir: str | None
+    side: str = ""
+    """Which of two masters that count in one directory this one's is (see `forkd.upgrade`)."""

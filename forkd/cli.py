@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import forkd
-from forkd import config, process
+from forkd import config, process, upgrade
 from forkd.listener import ListenError
 from forkd.logs import Logs, Sink
 from forkd.master import Master
@@ -31,8 +31,9 @@ subcommands:
 signals to the master:
   TERM, INT   stop accepting, let streams finish (server.shutdown_timeout_secs); a second one ends them
   QUIT        end the streams and stop at once
-  HUP         log how many streams there are
+  HUP         read the configuration again: new workers with it, old ones finish their streams
   USR1        reopen the log file
+  USR2        upgrade: a new master from the code that is installed now, on the same sockets
   TTIN, TTOU  one worker more, one fewer
 
 examples:
@@ -62,13 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "logging.level": "debug" if options.debug else None,
         "metrics.enabled": False if options.benchmark else None,
     }
+
+    def load() -> config.Loaded:
+        return config.load(path, os.environ, overrides)
+
     try:
-        settings, warnings = config.load(path, os.environ, overrides)
+        heritage = upgrade.take(os.environ)
+        settings, warnings = load()
     except config.ConfigError as error:
         print(f"forkd: the configuration{f' {path}' if path else ''} is not valid:", file=sys.stderr)
         for fault in error.faults:
             print(f"  {fault}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        print(f"forkd: {error}", file=sys.stderr)
+        return 1
     own = settings.logging
     try:
         logs = Logs(Sink(own.file), own.level, own.format, access=own.access)
@@ -80,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.forbid_core_dumps()
     name = os.path.abspath(path) if path else settings.server.socket_path
     try:
-        master = Master(settings, logs, run_worker, name, benchmark=options.benchmark)
+        master = Master(settings, logs, run_worker, name, load, heritage, benchmark=options.benchmark)
     except (ListenError, OSError) as error:
         print(f"forkd: {error}", file=sys.stderr)
         return 1

@@ -56,8 +56,7 @@ class Dispatcher:
         self._board = board
         self._metrics = metrics
         self._log = log
-        self._queue_size = server.queue_size
-        self._queue_timeout = server.queue_timeout_secs
+        self.configure(server)
         self._watch_full = watch_full
         self._queue: deque[InFlight] = deque()
         self._arrived: list[InFlight] = []
@@ -65,6 +64,11 @@ class Dispatcher:
         self._refused: dict[str, int] = {}
         self._turn = 0
         self.peers: list[Peer] = []
+
+    def configure(self, server: Server) -> None:
+        """Live by these settings from now on."""
+        self._queue_size = server.queue_size
+        self._queue_timeout = server.queue_timeout_secs
 
     @property
     def queued(self) -> int:
@@ -180,7 +184,7 @@ class Dispatcher:
                     waiting.append(entry)
         self._queue = waiting + self._queue  # they were here before whoever came since the death
         for outcome, count in outcomes.items():
-            self._metrics.count("forkd_streams_recovered_total", outcome, count)
+            self._metrics.count("forkd_streams_recovered_total", outcome, amount=count)
         self.pump()
         return outcomes
 
@@ -237,6 +241,7 @@ class Dispatcher:
                 # Anything else: it is dying, and its end is on the way.
                 continue
             peer.active += 1
+            peer.given += 1
             entry.peer = peer
             self._ledger.given(entry)
             return True

@@ -173,15 +173,13 @@ class Intake:
     ) -> None:
         self.metrics = metrics
         self.log = log
-        self.max_bytes = server.max_data_bytes + handoff.ENVELOPE_MAX_BYTES
+        self.configure(server)
         self.room = bytearray(handoff.MAX_MESSAGE_BYTES)
         self._selector = selector
         self._listeners = listeners
         self._deliver = deliver
         self._fds_left = fds_left
         self._clock = clock
-        self._max_pending = server.max_pending_handoffs
-        self._patience = server.handoff_timeout_secs
         self._silent: dict[Sender, None] = {}
         self._idle: set[Sender] = set()
         self.gathered = 0
@@ -189,6 +187,12 @@ class Intake:
         self._stopped = False
         self._to_empty: list[Listener] = []
         self.resume()
+
+    def configure(self, server: Server) -> None:
+        """Live by these settings from now on."""
+        self.max_bytes = server.max_data_bytes + handoff.ENVELOPE_MAX_BYTES
+        self._max_pending = server.max_pending_handoffs
+        self._patience = server.handoff_timeout_secs
 
     @property
     def senders(self) -> int:
@@ -411,8 +415,11 @@ class Intake:
                 self._selector.unregister(listener.sock)
         self._stopped = True
         for listener in self._listeners:
-            listener.refuse_connections()
-        self._to_empty = list(self._listeners)
+            if listener.shared:  # what waits there is for whoever has it too
+                listener.close()
+            else:
+                listener.refuse_connections()
+                self._to_empty.append(listener)
         self.empty_backlogs()
         for sender in [*self._idle, *self._silent]:
             if not sender.listener.is_stream:

@@ -34,15 +34,28 @@ class ListenError(Exception):
 class Listener:
     """One bound Unix listener. It owns its socket, its lock and its path until `close`."""
 
-    def __init__(self, index: int, settings: ListenerSettings) -> None:
-        """Bind. `index` is its place in `Settings.all_listeners`. Raises ListenError."""
+    def __init__(
+        self, index: int, settings: ListenerSettings, inherited: socket.socket | None = None, lock: int = -1
+    ) -> None:
+        """Bind, or take over a socket that somebody else bound (`inherited`), with its lock if it has one.
+
+        `index` is its place in `Settings.all_listeners`. Raises ListenError.
+        """
         self.index = index
+        self.shared = inherited is not None
+        """Somebody else has, or will have, this socket too: it is never shut down, nor its file removed."""
         self.settings = settings
         self.path = settings.path
         self.type = int(_TYPES[settings.type])
         self.is_stream = settings.type == "stream"
         self._uids = {_user(name) for name in settings.allow_users}
         self._gids = {_group(name) for name in settings.allow_groups}
+        if inherited is not None and lock >= 0:
+            self._lock, self.sock = lock, inherited
+            self.shared = False  # passed on by a master that goes
+            self._note_holder()
+            self._inode = os.stat(self.path).st_ino if os.path.exists(self.path) else 0
+            return
         directory = os.path.dirname(self.path)
         try:
             os.makedirs(directory or ".", mode=0o755, exist_ok=True)
@@ -51,8 +64,12 @@ class Listener:
             raise ListenError(f"cannot lock {self.path}.lock: {error.strerror}") from error
         try:
             self._take_lock()
-            self._remove_stale()
-            self.sock = self._bind()
+            if inherited is not None:
+                self.sock = inherited
+                self.sock.setblocking(False)
+            else:
+                self._remove_stale()
+                self.sock = self._bind()
         except OSError as error:
             os.close(self._lock)
             raise ListenError(f"cannot listen on {self.path}: {error.strerror}") from error
@@ -70,6 +87,10 @@ class Listener:
                 f"{self.path} belongs to another forkd (pid {holder or 'unknown'}); stop it first, or choose another "
                 "path with --socket"
             ) from error
+        self._note_holder()
+
+    def _note_holder(self) -> None:
+        """For whoever finds the lock taken."""
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -137,16 +158,24 @@ class Listener:
             return False
         return not self._gids.isdisjoint(struct.unpack(f"{len(groups) // 4}I", groups))
 
+    @property
+    def lock_fd(self) -> int:
+        """Passed on with the socket."""
+        return self._lock
+
     def refuse_connections(self) -> None:
-        """From now on connect(2) fails with ECONNREFUSED; what is in the backlog can still be accepted."""
+        """From now on connect(2) fails with ECONNREFUSED; what is in the backlog can still be accepted. Not for one
+        that is shared: that would end the others' too.
+        """
         self.sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Give up socket, path and lock, in this order: nobody may take the path while we might still unlink it."""
         self.sock.close()
-        with contextlib.suppress(OSError):
-            if os.lstat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
+        if not self.shared:
+            with contextlib.suppress(OSError):
+                if os.lstat(self.path).st_ino == self._inode:
+                    os.unlink(self.path)
         os.close(self._lock)
 
 

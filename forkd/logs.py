@@ -21,6 +21,8 @@ import sys
 import time
 from typing import Final, NamedTuple
 
+from forkd.settings import Logging
+
 _ATOMIC_BYTES: Final = 4096
 """A non-blocking write of so much to a pipe is all or nothing (PIPE_BUF, pipe(7)), so no line is ever cut."""
 _PLAIN = re.compile(r"[\w.:@/+\[\]-]{1,200}").fullmatch
@@ -41,6 +43,8 @@ class Access(NamedTuple):
     duration_ms: int
     worker: int
     reason: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 class Sink:
@@ -170,6 +174,10 @@ class Formatter(logging.Formatter):
             f"remote={quoted(line.remote)} backend={line.backend or '-'} model={quoted(line.model)} "
             f"status={line.status} bytes={line.bytes} chunks={line.chunks} ttfb_ms={ttfb_ms} "
             f"duration_ms={line.duration_ms} worker={line.worker} reason={line.reason}"
+        ) + (
+            ""
+            if line.input_tokens is None and line.output_tokens is None
+            else f" input_tokens={quoted(line.input_tokens)} output_tokens={quoted(line.output_tokens)}"
         )
 
 
@@ -212,6 +220,12 @@ class Logs:
         self.logger.propagate = False
         self.logger.setLevel({"trace": "DEBUG", "warn": "WARNING"}.get(level, level.upper()))
         logging.raiseExceptions = sys.stderr is not None and level == "debug"
+
+    def configure(self, settings: Logging) -> None:
+        """Live by these settings from now on, except for the file."""
+        self.wants_access = settings.access
+        self._formatter.json = settings.format == "json"
+        self.logger.setLevel(settings.level.upper())
 
     def rename(self, process: str) -> None:
         """Say who writes from now on, after a fork."""

@@ -3,35 +3,39 @@
 It stays small on purpose, because nothing takes over when it crashes: it parses no JSON, runs no backend and never
 blocks. Its life is RUNNING, then DRAINING (TERM or INT: nothing new is accepted, streams finish), then over. A second
 TERM or INT, or the end of `shutdown_timeout_secs`, ends the streams that are left with `code: shutdown`; QUIT does so
-at once.
+at once. After an upgrade it drains too, but what is new goes to its successor: see `forkd.upgrade`.
 """
 
 import logging
 import os
+import select
 import selectors
 import shutil
 import signal
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
-from forkd import process
+from forkd import process, upgrade
 from forkd.auxiliary import Auxiliary
 from forkd.board import Board
+from forkd.config import Loaded
 from forkd.dispatcher import Dispatcher
+from forkd.generations import END_GRACE_SECS
 from forkd.intake import Intake, Sender
 from forkd.ledger import Ledger
 from forkd.listener import Listener
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
+from forkd.reload import Reader, settle
 from forkd.settings import Server, Settings, worker_count
 from forkd.supervisor import TICK_SECS, Run, Supervisor
+from forkd.upgrade import Heritage, Upgrade
 
-END_GRACE_SECS: Final = 3.0
-"""From STOP to SIGKILL: what a worker may take to tell its clients."""
 PAUSE_SECS: Final = 0.002
 GAP_SECS: Final = 0.002
 """A few hundred handoffs a second or more are taken in small batches; none waits longer than the pause."""
@@ -44,11 +48,12 @@ _HANDLED: Final = (
     signal.SIGQUIT,
     signal.SIGHUP,
     signal.SIGUSR1,
+    signal.SIGUSR2,
     signal.SIGTTIN,
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
-_IGNORED: Final = (signal.SIGPIPE, signal.SIGUSR2)
+_IGNORED: Final = (signal.SIGPIPE,)
 
 
 class Stage(Enum):
@@ -62,9 +67,23 @@ class Stage(Enum):
 class Master:
     """The master process. `name` is what its title says it serves: the configuration's path, or the socket's."""
 
-    def __init__(self, settings: Settings, logs: Logs, run: Run, name: str, *, benchmark: bool = False) -> None:
-        """Binds the listeners, then drops privileges. Raises ListenError or OSError."""
+    def __init__(
+        self,
+        settings: Settings,
+        logs: Logs,
+        run: Run,
+        name: str,
+        load: Callable[[], Loaded],
+        heritage: Heritage | None = None,
+        *,
+        benchmark: bool = False,
+    ) -> None:
+        """Binds the listeners, or takes those that it inherits, then drops privileges. Raises ListenError or OSError.
+
+        `load` reads the configuration again. It runs in a child.
+        """
         self._benchmark = benchmark
+        self._heritage = heritage
         self._settings = settings
         self._logs = logs
         self._log = logs.logger
@@ -72,20 +91,14 @@ class Master:
         server = settings.server
         workers = worker_count(settings)
         self._limit, capacity = self._measure_room(workers)
-        self._listeners: list[Listener] = []
-        try:
-            for index, own in enumerate(settings.all_listeners()):
-                self._listeners.append(Listener(index, own))
-        except BaseException:
-            for listener in self._listeners:
-                listener.close()
-            raise
-        metrics_listener = self._bind_metrics()
+        self._listeners = self._listen()
+        self._metrics_listener = self._bind_metrics()
         process.drop_privileges(server.user, server.group, [logs.sink.fd] if logs.sink.path else [])
         if os.geteuid() == 0:
             self._log.warning("workers run as root: name a user in server.user")
+        self._side = heritage.side if heritage is not None else ""
         self._metrics_dir = self._make_metrics_dir()
-        self._metrics = Metrics(self._metrics_dir, "master")
+        self._metrics = Metrics(self._metrics_dir, f"{self._side}master")
         if self._metrics.fault is not None:
             self._log.error("going on without metrics: %s", self._metrics.fault)
         self._selector = selectors.DefaultSelector()
@@ -93,20 +106,32 @@ class Master:
         self._ledger = Ledger(self._board, capacity, keep=server.ledger)
         self._signals = process.Signals(_HANDLED, _IGNORED)
         self._supervisor = Supervisor(
-            self._selector, self._board, settings, logs, self._metrics, self._metrics_dir, run
+            self._selector,
+            self._board,
+            settings,
+            logs,
+            self._metrics,
+            self._metrics_dir,
+            run,
+            self._reloaded,
+            self._side,
         )
+        self._reader = Reader(self._selector, self._log, load, self._reload)
+        self._upgrade = Upgrade(self._selector, self._log, self._hand_over, self._upgrade_failed)
         self._dispatcher = Dispatcher(
             self._ledger, self._board, self._metrics, self._log, server, self._supervisor.watch_full
         )
         self._dispatcher.peers = self._supervisor.peers
         self._supervisor.dispatcher = self._dispatcher
-        self._supervisor.wanted = workers
-        self._exposition = self._make_exposition(metrics_listener)
+        self._exposition = self._make_exposition()
         self._title = process.Title()
         self._stage = Stage.RUNNING
         self._deadline = 0.0
         self._second = 0.0
         self._intake: Intake | None = None
+        self._handed_over = False
+        self._reported = False
+        """Whoever waits for us to be ready was told."""
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
@@ -168,6 +193,7 @@ class Master:
 
     def on_ready(self, _mask: int) -> None:
         """Signals came."""
+        hangup = False
         for number in self._signals.take():
             if number in (signal.SIGTERM, signal.SIGINT):
                 if self._stage is Stage.RUNNING:
@@ -178,7 +204,14 @@ class Master:
                 self._drain(number)
                 self._stop()
             elif number == signal.SIGHUP:
-                self._log.info("%d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
+                if hangup:
+                    continue  # several in a burst are one
+                hangup = True
+                self._log.info("HUP: %d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
+                if self._stage is Stage.RUNNING:
+                    self._reader.ask()
+            elif number == signal.SIGUSR2:
+                self._start_upgrade()
             elif number == signal.SIGUSR1:
                 self._reopen_logs()
             elif number == signal.SIGCHLD:
@@ -188,7 +221,7 @@ class Master:
 
     def _reap_strangers(self) -> None:
         """Wait for orphans that the kernel gave us as PID 1. Our own children are seen by their pidfds."""
-        own = {peer.pid for peer in self._supervisor.peers}
+        own = {peer.pid for peer in self._supervisor.peers} | {self._reader.pid, self._upgrade.pid}
         if self._exposition is not None:
             own.add(self._exposition.pid)
         try:
@@ -200,7 +233,8 @@ class Master:
     def _measure_room(self, workers: int) -> tuple[int, int]:
         """The fds this process may have, and the streams that fit into them (RLIMIT_NOFILE less a reserve)."""
         server = self._settings.server
-        reserve = FDS_BASE + FDS_PER_WORKER * workers + server.max_pending_handoffs
+        # Three generations of workers may live at once.
+        reserve = FDS_BASE + 3 * FDS_PER_WORKER * workers + server.max_pending_handoffs
         limit = process.raise_open_files_limit(server.max_connections + reserve)
         if limit < FDS_BASE + FDS_PER_WORKER * workers:
             raise OSError(f"the limit of open files is {limit}, too low for {workers} workers; raise LimitNOFILE")
@@ -225,12 +259,33 @@ class Master:
         senders = self._intake.senders if self._intake is not None else 0
         kept = self._ledger.count if self._settings.server.ledger else self._dispatcher.queued
         kept += self._ledger.data_fds
-        return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * self._supervisor.wanted - senders - kept) // 3
+        workers = max(self._supervisor.wanted, len(self._supervisor.peers))
+        return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * workers - senders - kept) // 3
+
+    def _listen(self) -> list[Listener]:
+        """Every listener: inherited, or bound now. What is inherited and not configured any more is given up."""
+        inherited = dict(self._heritage.listeners) if self._heritage is not None else {}
+        listeners: list[Listener] = []
+        try:
+            for index, own in enumerate(self._settings.all_listeners()):
+                fd, lock = inherited.pop(own.path, (-1, -1))
+                listeners.append(Listener(index, own, socket.socket(fileno=fd) if fd >= 0 else None, lock))
+        except BaseException:
+            for listener in listeners:
+                listener.shared = listener.shared or self._heritage is not None  # the old master goes on with it
+                listener.close()
+            raise
+        for fd, lock in inherited.values():
+            os.close(fd)
+            os.close(lock)
+        return listeners
 
     def _make_metrics_dir(self) -> str | None:
-        """A directory of this master's own, wiped at its start."""
+        """A directory of this master's own, wiped at its start; after an upgrade, the one of the master before."""
         if not self._settings.metrics.enabled:
             return None
+        if self._heritage is not None and self._heritage.metrics_dir is not None:
+            return self._heritage.metrics_dir
         base = self._settings.metrics.dir
         if base is None:
             return tempfile.mkdtemp(prefix="forkd-metrics-")
@@ -243,6 +298,8 @@ class Master:
         """The port that metrics are served on, None if there is to be none or it cannot be had: streams matter more."""
         if not self._settings.metrics.enabled:
             return None
+        if self._heritage is not None and self._heritage.metrics_fd >= 0:
+            return socket.socket(fileno=self._heritage.metrics_fd)
         # Imported late, because prometheus_client is large, and nothing of it is needed without metrics.
         from forkd import exposition  # noqa: PLC0415
 
@@ -259,7 +316,8 @@ class Master:
         self._log.info("metrics on http://%s/metrics", exposition.address_of(listener))
         return listener
 
-    def _make_exposition(self, listener: socket.socket | None) -> Auxiliary | None:
+    def _make_exposition(self) -> Auxiliary | None:
+        listener = self._metrics_listener
         if listener is None or self._metrics_dir is None:
             return None
         from forkd.exposition import Exposition  # noqa: PLC0415
@@ -275,7 +333,7 @@ class Master:
         self._board.master_row().store(
             beat_ms=int(now * 1000),
             stage=self._stage.value,
-            generation=self._supervisor.generation,
+            generation=self._supervisor.generations.current.number,
             ready=self._supervisor.ready,
             streams=ledger.count,
             queued=queued,
@@ -287,8 +345,12 @@ class Master:
     def _tick(self, now: float) -> None:
         intake = self._intake
         assert intake is not None
-        self._supervisor.tick()
+        self._supervisor.tick(now)
         self._supervisor.maintain(now)
+        self._reader.tick(now)
+        self._upgrade.tick(now)
+        if not self._reported and self._supervisor.ready >= self._supervisor.wanted:
+            self._report_ready()
         if self._exposition is not None:
             self._exposition.maintain(now)
         intake.expire(now)
@@ -325,22 +387,115 @@ class Master:
         metrics.gauge("daemon_active_streams", self._ledger.count - self._dispatcher.queued)
         metrics.gauge("daemon_peak_streams", self._ledger.peak)
         metrics.flush()
+        if self._heritage is not None and self._heritage.old_fd >= 0 and _at_end(self._heritage.old_fd):
+            self._log.info("upgrade: the old master is gone")
+            os.close(self._heritage.old_fd)
+            self._heritage = self._heritage._replace(old_fd=-1)
         workers = len(self._supervisor.peers)
         stage = "" if self._stage is Stage.RUNNING else f" {self._stage.value}"
         self._title.show(f"forkd: master [{self._name}]{stage} workers={workers} streams={self._ledger.count}", now)
         self._logs.sink.flush()
 
     def _drain(self, number: signal.Signals) -> None:
-        if self._stage is not Stage.RUNNING:
-            return
+        if self._stage is Stage.RUNNING:
+            timeout = self._settings.server.shutdown_timeout_secs
+            self._log.info("%s: finishing %d streams, for up to %.0f s", number.name, self._ledger.count, timeout)
+            self._upgrade.cancel()
+            self._finish(timeout)
+
+    def _finish(self, timeout: float) -> None:
+        """Take nothing new, and go when the last stream has ended."""
         assert self._intake is not None
-        timeout = self._settings.server.shutdown_timeout_secs
-        self._log.info("%s: finishing %d streams, for up to %.0f s", number.name, self._ledger.count, timeout)
         self._stage = Stage.DRAINING
         self._deadline = time.monotonic() + timeout
         self._intake.stop()
         if self._intake.stopped:
             self._supervisor.drain()
+
+    # Reload.
+
+    def _reload(self, outcome: Loaded | list[str]) -> None:
+        """The configuration was read again."""
+        if self._stage is not Stage.RUNNING:
+            return
+        if isinstance(outcome, list):
+            self._log.error("the configuration is not valid; nothing is changed:")
+            for fault in outcome:
+                self._log.error("  %s", fault)
+            return
+        for warning in outcome.warnings:
+            self._log.warning("%s", warning)
+        settings, kept = settle(self._settings, outcome.settings)
+        if kept:
+            self._log.warning("only a restart changes %s: left as it was", ", ".join(kept))
+        self._supervisor.reload(settings, time.monotonic())
+
+    def _reloaded(self, settings: Settings, succeeded: bool) -> None:
+        """Its workers serve, or never will."""
+        if not succeeded:
+            return
+        self._settings = settings
+        self._logs.configure(settings.logging)
+        self._dispatcher.configure(settings.server)
+        if self._intake is not None:
+            self._intake.configure(settings.server)
+
+    # Upgrade.
+
+    def _start_upgrade(self) -> None:
+        why = ""
+        if self._stage is not Stage.RUNNING:
+            why = "this master is about to go"
+        elif self._upgrade.under_way:
+            why = "one is under way"
+        elif self._heritage is not None and self._heritage.old_fd >= 0:
+            why = "the master of the last one still drains"
+        elif not self._reported:
+            why = "this master is not ready itself"
+        if why:
+            self._log.error("USR2: no upgrade now: %s", why)
+            return
+        self._log.info("USR2: upgrading; %d streams", self._ledger.count)
+        try:
+            self._upgrade.start(
+                {listener.path: (listener.sock, listener.lock_fd) for listener in self._listeners},
+                self._metrics_listener,
+                self._metrics_dir,
+                self._side,
+            )
+        except OSError as error:
+            self._upgrade_failed(f"cannot start a new master: {error.strerror}")
+
+    def _upgrade_failed(self, why: str) -> None:
+        self._log.error("the upgrade failed: %s; going on as before", why)
+
+    def _hand_over(self, pid: int) -> None:
+        """The new master is ready: it has all that is new, we finish what is old."""
+        if self._stage is not Stage.RUNNING:
+            return
+        timeout = self._settings.server.drain_timeout_secs
+        self._log.info(
+            "upgrade: the new master (pid %d) is ready; finishing %d streams, for up to %.0f s",
+            pid,
+            self._ledger.count,
+            timeout,
+        )
+        self._handed_over = True
+        for listener in self._listeners:
+            listener.shared = True
+        if self._exposition is not None:
+            self._exposition.stop()
+            self._exposition = None
+        if self._metrics_listener is not None:
+            self._metrics_listener.close()
+            self._metrics_listener = None
+        self._finish(timeout)
+
+    def _report_ready(self) -> None:
+        """Tell the master that started us, if one did."""
+        self._reported = True
+        if self._heritage is not None:
+            upgrade.tell_ready(self._heritage)
 
     def _stop(self) -> None:
         if self._stage is Stage.STOPPING:
@@ -364,8 +519,10 @@ class Master:
         self._supervisor.close()
         if self._exposition is not None:
             self._exposition.stop()
+        for gauge in ("daemon_active_connections", "daemon_active_streams"):
+            self._metrics.gauge(gauge, 0)  # in files that a successor goes on with
         self._metrics.flush()
-        if self._metrics_dir is not None:
+        if self._metrics_dir is not None and not self._handed_over:
             shutil.rmtree(self._metrics_dir, ignore_errors=True)
         if self._benchmark:
             self._print_summary()
@@ -383,3 +540,10 @@ class Master:
         print(f"Total failed: {failed}")
         print(f"Total bytes sent: {sent}")
         print("=========================", flush=True)
+
+
+def _at_end(fd: int) -> bool:
+    """Whether a pipe to which nothing is written has lost its writer."""
+    poll = select.poll()  # select(2) knows no fd above 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -13,6 +13,8 @@ class Life(Enum):
     """Where a worker is in its life."""
 
     STARTING = "starting"
+    STANDBY = "standby"
+    """Ready, but of a generation that is not in charge yet: it gets no handoffs."""
     READY = "ready"
     DRAINING = "draining"
     """It gets no more handoffs, and exits after its last stream."""
@@ -25,8 +27,10 @@ class Peer:
     __slots__ = (
         "active",
         "channel",
+        "deadline",
         "full",
         "generation",
+        "given",
         "index",
         "killed_at_tick",
         "late",
@@ -36,8 +40,10 @@ class Peer:
         "row",
         "seen_beat",
         "silent_ticks",
+        "stream_limit",
         "told",
         "untold",
+        "unwanted",
     )
 
     def __init__(self, index: int, generation: int, pid: int, pidfd: int, channel: socket.socket, row: Row) -> None:
@@ -50,6 +56,14 @@ class Peer:
         self.life = Life.STARTING
         self.active = 0
         """Streams that the master gave it and has not heard the end of."""
+        self.given = 0
+        """Streams that it was ever given."""
+        self.stream_limit = 0
+        """It is recycled after so many of them; 0: never."""
+        self.deadline = 0.0
+        """When the time for what it was told is up (monotonic seconds); 0: it has all the time."""
+        self.unwanted = False
+        """Of a generation that was abandoned: its death is nothing to report."""
         self.full = False
         """Its channel takes no more just now, or it has no fds left."""
         self.late = False

@@ -1,4 +1,4 @@
-"""Fork, reap, heartbeat, backoff: keeping the wanted number of workers alive.
+"""Fork, reap, heartbeat, backoff: keeping the wanted number of workers alive. Which they are says `forkd.generations`.
 
 A worker is born by fork from the master, which has no threads, with all signals blocked: a signal between the fork
 and the child's own handlers would run the master's. The child closes everything that is not its own (the ledger's
@@ -26,6 +26,7 @@ from forkd.board import WORKERS_MAX, Board
 from forkd.boot import Boot
 from forkd.channel import Down, Up
 from forkd.dispatcher import Dispatcher
+from forkd.generations import Generation, Generations
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
@@ -37,8 +38,6 @@ ABORT_GRACE_SECS: Final = 1.0
 BACKOFF_FIRST_SECS: Final = 0.25
 BACKOFF_MAX_SECS: Final = 30.0
 MESSAGES_PER_TURN: Final = 64
-
-WORKERS_WANTED_MAX: Final = 1024
 
 Run = Callable[[Boot], None]
 
@@ -55,14 +54,17 @@ class Supervisor:
         metrics: Metrics,
         metrics_dir: str | None,
         run: Run,
+        changed: Callable[[Settings, bool], None] = lambda _settings, _succeeded: None,
+        side: str = "",
     ) -> None:
+        """`changed`: see `forkd.generations.Generations`."""
         self._selector = selector
         self._board = board
-        self._settings = settings
         self._logs = logs
         self._log = logs.logger
         self._metrics = metrics
         self._metrics_dir = metrics_dir
+        self._side = side
         self._run = run
         self._room = bytearray(65536)
         self._ticks = 0
@@ -71,10 +73,9 @@ class Supervisor:
         self._draining = False
         self._stopping = False
         self._killing = False
-        self.wanted = 0
-        self.generation = 1
         self.dispatcher: Dispatcher
         self.peers: list[Peer] = []
+        self.generations = Generations(settings, self.peers, self._log, self._kill, changed)
         self.totals = [0, 0, 0, 0]
         """Started, completed, failed, bytes sent, of all workers that are gone."""
 
@@ -83,27 +84,33 @@ class Supervisor:
         """How many workers take handoffs."""
         return sum(peer.life is Life.READY and not peer.late for peer in self.peers)
 
+    @property
+    def wanted(self) -> int:
+        """How many workers the current generation is to have."""
+        return self.generations.current.wanted
+
     def maintain(self, now: float) -> None:
         """Start what is missing; called each tick and after each death."""
-        serving = sum(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
-        if self._killing:
-            return
-        # During a drain a worker is wanted only where clients wait for one: those of a worker that died.
-        wanted = min(1, self.dispatcher.queued) if self._draining else self.wanted
-        missing = wanted - serving
-        for _ in range(missing):
-            if now < self._next_birth:
-                return
+        while now >= self._next_birth and (generation := self._missing()) is not None:
             try:
-                self._spawn()
+                self._spawn(generation)
             except OSError as error:  # EAGAIN, ENOMEM, EMFILE: the machine is full, not we are broken
                 self._log.error("cannot start a worker: %s", error.strerror)
                 self._backoff(now)
-                return
+
+    def _missing(self) -> Generation | None:
+        if self._killing:
+            return None
+        if not self._draining:
+            return self.generations.missing()
+        # During a drain a worker is wanted only where clients wait for one: those of a worker that died.
+        serving = any(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
+        return self.generations.current if self.dispatcher.queued and not serving else None
 
     def drain(self) -> None:
         """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown."""
         self._draining = True
+        self.generations.forget()
         if not self.dispatcher.queued:
             for peer in self.peers:
                 peer.tell(Down.STOP if self._stopping else Down.DRAIN)
@@ -111,6 +118,7 @@ class Supervisor:
     def stop(self) -> None:
         """Have every worker end its streams now."""
         self._draining = self._stopping = True
+        self.generations.forget()
         for peer in self.peers:
             peer.tell(Down.STOP)
 
@@ -118,15 +126,18 @@ class Supervisor:
         """SIGKILL to every worker that is left. None is started any more: its clients had their time."""
         self._killing = True
         for peer in self.peers:
-            self._signal(peer, signal.SIGKILL)
+            self._kill(peer)
+
+    def reload(self, settings: Settings, now: float) -> None:
+        """Replace all workers by others that live by `settings`."""
+        if not self._draining:
+            self.generations.ask(settings, now)
+            self.maintain(now)
 
     def resize(self, step: int, now: float) -> None:
         """One worker more, or one fewer (the least busy drains), but at least one."""
-        self.wanted = min(max(1, self.wanted + step), WORKERS_WANTED_MAX)
-        serving = [peer for peer in self.peers if peer.life in (Life.STARTING, Life.READY)]
-        if len(serving) > self.wanted:
-            min(serving, key=lambda peer: peer.active).tell(Down.DRAIN)
-        self._log.info("%d workers wanted", self.wanted)
+        self._log.info("%d workers wanted", self.generations.resize(step))
+        self.generations.surplus(now)
         self.maintain(now)
 
     def signal_all(self, number: signal.Signals) -> None:
@@ -134,9 +145,10 @@ class Supervisor:
         for peer in self.peers:
             self._signal(peer, number)
 
-    def tick(self) -> None:
-        """Judge every heartbeat; called every TICK_SECS of the master's own life."""
+    def tick(self, now: float) -> None:
+        """Judge every heartbeat and every deadline; called every TICK_SECS of the master's own life."""
         self._ticks += 1
+        timeout = self.generations.current.settings.workers.timeout_secs
         for peer in self.peers:
             peer.tell_again()
             if peer.full and not self._watches_write(peer) and peer.life is Life.READY:
@@ -156,10 +168,12 @@ class Supervisor:
             if peer.killed_at_tick:
                 if (self._ticks - peer.killed_at_tick) * TICK_SECS >= ABORT_GRACE_SECS:
                     self._signal(peer, signal.SIGKILL)
-            elif silent >= self._settings.workers.timeout_secs:
+            elif silent >= timeout:
                 self._log.error("worker %d (pid %d) is silent for %.0f s: ending it", peer.index, peer.pid, silent)
                 peer.killed_at_tick = self._ticks
                 self._signal(peer, signal.SIGABRT)  # faulthandler writes all stacks to the log
+        if not self._draining:
+            self.generations.tick(now)
         self._publish()
 
     def _publish(self) -> None:
@@ -173,7 +187,7 @@ class Supervisor:
             peer.channel.close()
             os.close(peer.pidfd)
 
-    def _spawn(self) -> None:
+    def _spawn(self, generation: Generation) -> None:
         index = self._free_index()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -184,7 +198,7 @@ class Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                self._child(index, theirs)
+                self._child(index, theirs, generation)
         except BaseException:
             ours.close()
             raise
@@ -198,19 +212,33 @@ class Supervisor:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
-        peer = Peer(index, self.generation, pid, pidfd, ours, row)
-        self._board.peer_row(index).store_born(pid, self.generation)
+        peer = Peer(index, generation.number, pid, pidfd, ours, row)
+        peer.stream_limit = self.generations.limit_of(generation)
+        self._board.peer_row(index).store_born(pid, generation.number)
         self.peers.append(peer)
         self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))
         self._selector.register(ours, selectors.EVENT_READ, _OnChannel(self, peer))
         self._log.debug("worker %d started (pid %d)", index, pid)
 
-    def _child(self, index: int, theirs: socket.socket) -> None:
+    def _child(self, index: int, theirs: socket.socket, generation: Generation) -> None:
         """Become a worker. Never returns."""
         code = 1
         try:
             process.close_all_but([theirs.fileno(), self._logs.sink.fd])
-            self._run(Boot(index, self.generation, theirs, self._board, self._settings, self._logs, self._metrics_dir))
+            settings = generation.settings
+            self._logs.configure(settings.logging)
+            self._run(
+                Boot(
+                    index,
+                    generation.number,
+                    theirs,
+                    self._board,
+                    settings,
+                    self._logs,
+                    self._metrics_dir,
+                    self._side,
+                )
+            )
             code = 0
         except BaseException:
             self._log.exception("worker %d broke", index)
@@ -271,18 +299,18 @@ class Supervisor:
             if dispatcher.queued:
                 dispatcher.pump()
         elif kind is Up.READY:
-            if peer.life is Life.STARTING:
-                peer.life = Life.READY
             self._failures = 0
             self._next_birth = 0.0
             self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
+            if peer.life is Life.STARTING:
+                self.generations.ready(peer, time.monotonic())
             dispatcher.pump()
         elif kind is Up.RETURNED:
             for slot, attempt in pairs:
                 dispatcher.returned(peer, slot, attempt)
         elif kind is Up.DRAINING:
             self._log.info("worker %d drains: it was sent SIGTERM", peer.index)
-            peer.tell(Down.DRAIN)
+            self.generations.retire(peer, time.monotonic())
             self.maintain(time.monotonic())
 
     def _watches_write(self, peer: Peer) -> bool:
@@ -309,7 +337,7 @@ class Supervisor:
         now = time.monotonic()
         outcomes = self.dispatcher.recover(peer, now)
         code = os.waitstatus_to_exitcode(status)
-        asked = was is Life.DRAINING and code == 0
+        asked = peer.unwanted or (was is Life.DRAINING and code == 0)
         self._board.peer_row(peer.index).store_gone(asked=asked)
         if not asked:
             self._metrics.count("forkd_worker_deaths_total")
@@ -319,6 +347,8 @@ class Supervisor:
             )
         if was is Life.STARTING:
             self._backoff(now)
+        if not self._draining:
+            self.generations.died(peer, was, now)
         self.maintain(now)
 
     def _backoff(self, now: float) -> None:
@@ -328,6 +358,9 @@ class Supervisor:
         delay = min(BACKOFF_FIRST_SECS * 2**self._failures, BACKOFF_MAX_SECS)
         self._failures = min(self._failures + 1, 16)
         self._next_birth = now + delay
+
+    def _kill(self, peer: Peer) -> None:
+        self._signal(peer, signal.SIGKILL)
 
     @staticmethod
     def _signal(peer: Peer, number: signal.Signals) -> None:

@@ -89,12 +89,12 @@ class House:
 
     def start(self, count: int) -> None:
         """Have so many workers, ready."""
-        self.supervisor.wanted = count
+        self.supervisor.generations.current.wanted = count
         self.supervisor.maintain(time.monotonic())
         self.turn_until(lambda: self.supervisor.ready == count, "all are ready")
 
     def close(self) -> None:
-        self.supervisor.wanted = 0
+        self.supervisor.generations.current.wanted = 0
         self.supervisor.kill()
         self.turn_until(lambda: not self.peers, "all are gone")
         self.dispatcher.give_up_all("shutdown")
@@ -153,7 +153,7 @@ def test_a_dead_worker_is_replaced_at_once_under_its_index(tmp_path: Path) -> No
 
 def test_deaths_before_ready_back_off_and_a_wave_counts_once(tmp_path: Path) -> None:
     with house(tmp_path, stillborn) as own:
-        own.supervisor.wanted = 4
+        own.supervisor.generations.current.wanted = 4
         delays = []
         now = time.monotonic()
         for _ in range(9):
@@ -189,7 +189,7 @@ def test_reports_of_a_worker_that_died_with_messages_unread_are_heard(tmp_path: 
     with house(tmp_path, report_and_die) as own:
         own.start(1)
         victim = own.peers[0]
-        own.supervisor.wanted = 0
+        own.supervisor.generations.current.wanted = 0
         client = own.receive()
         look = os.WEXITED | os.WNOWAIT | os.WNOHANG
         wait_for(lambda: os.waitid(os.P_PID, victim.pid, look), "it has reported and died")
@@ -204,22 +204,22 @@ def test_a_silent_heart_makes_late_then_aborted_then_killed(tmp_path: Path) -> N
         own.start(1)
         (peer,) = own.peers
         for _ in range(int(LATE_SECS / TICK_SECS) - 1):
-            own.supervisor.tick()
+            own.supervisor.tick(time.monotonic())
         assert not peer.late
-        own.supervisor.tick()
+        own.supervisor.tick(time.monotonic())
         assert peer.late
         assert own.supervisor.ready == 0
         peer.row.store_beat(1)
-        own.supervisor.tick()
+        own.supervisor.tick(time.monotonic())
         assert not peer.late  # it lives after all
         for _ in range(int(10 / TICK_SECS)):
-            own.supervisor.tick()
+            own.supervisor.tick(time.monotonic())
         assert peer.killed_at_tick
         assert "silent for 10 s: ending it" in own.log.read_text()
-        own.supervisor.wanted = 0
+        own.supervisor.generations.current.wanted = 0
         for _ in range(int(1 / TICK_SECS)):
             assert peer in own.peers
-            own.supervisor.tick()
+            own.supervisor.tick(time.monotonic())
         own.turn_until(lambda: not own.peers, "it is dead")
         assert "was killed by SIGKILL" in own.log.read_text()  # it had ignored SIGABRT
 
@@ -288,7 +288,7 @@ def test_a_worker_that_cannot_be_watched_is_not_left_behind(tmp_path: Path, monk
         raise OSError(24, "Too many open files")
 
     with house(tmp_path, ready) as own:
-        own.supervisor.wanted = 1
+        own.supervisor.generations.current.wanted = 1
         with monkeypatch.context() as patch:
             patch.setattr(os, "pidfd_open", no_pidfd)
             own.supervisor.maintain(time.monotonic())
@@ -328,13 +328,13 @@ def test_a_message_is_told_again_with_each_tick(tmp_path: Path) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 channel.send_down(peer.channel, Assignment(9, 1, Down.ASSIGN, 0, 0, 0.0), b"x", ())
-        own.supervisor.wanted = 0
+        own.supervisor.generations.current.wanted = 0
         peer.tell(Down.DRAIN)
         assert peer.untold
         os.kill(peer.pid, signal.SIGCONT)
 
         def ticked() -> bool:
-            own.supervisor.tick()
+            own.supervisor.tick(time.monotonic())
             return not own.peers
 
         own.turn_until(ticked, "it was told and has gone")

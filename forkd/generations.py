@@ -1,0 +1,236 @@
+"""Reload and recycling: which configuration serves, which is coming, and who makes room for whom.
+
+The promise of a reload: there is no moment without a ready worker; the old workers stay in charge until every new one
+has reported ready, and for good if the new ones do not; no stream is cut short of `drain_timeout_secs`.
+
+Theory of operation. A generation is one configuration and the workers that live by it. At most one is *coming*: its
+workers start beside the others and, when they are ready, stand by. When all of them do, it becomes the *current* one in
+one step: they serve, and the workers of the one before drain. Those are *leaving*. Not more than LEAVING_MAX leave at a
+time, or an operator who reloads again and again would fill the machine with workers; until one is gone the next
+reload waits, and of several that wait the last counts.
+
+    asked -> (waiting) -> coming -> current -> leaving -> gone
+                            |
+                            +--> abandoned: DEATHS_MAX of its workers died before they were ready, or they were not
+                                 ready within READY_SECS
+
+Recycling replaces one worker of the current generation by another of the same: the replacement is ready first.
+
+This file decides; it forks nothing and reads no clock. `forkd.supervisor` asks it what is missing, tells it of every
+worker that is ready or dead, and calls `tick`.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from logging import Logger
+from typing import Final
+
+from forkd.channel import Down
+from forkd.peer import Life, Peer
+from forkd.settings import Settings, worker_count
+
+LEAVING_MAX: Final = 2
+DEATHS_MAX: Final = 3
+READY_SECS: Final = 60.0
+JITTER: Final = 0.25
+"""By how much of `max_streams` workers differ, so that they are not all due at once."""
+END_GRACE_SECS: Final = 3.0
+"""From STOP to SIGKILL: what a worker may take to tell its clients."""
+
+WORKERS_WANTED_MAX: Final = 1024
+
+
+class Generation:
+    """One configuration. `wanted` is how many workers it is to have."""
+
+    __slots__ = ("deaths", "number", "ready_by", "settings", "wanted")
+
+    def __init__(self, number: int, settings: Settings) -> None:
+        self.number = number
+        self.settings = settings
+        self.wanted = worker_count(settings)
+        self.deaths = 0
+        """Of its workers, before they were ready, while it was coming."""
+        self.ready_by = 0.0
+
+
+class Generations:
+    """All generations of one master. `peers` is the supervisor's list, of which this owns nothing."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        peers: Sequence[Peer],
+        log: Logger,
+        kill: Callable[[Peer], None],
+        changed: Callable[[Settings, bool], None],
+    ) -> None:
+        """`kill` sends SIGKILL. `changed` is told of the settings in force after a reload, and whether it succeeded."""
+        self._peers = peers
+        self._log = log
+        self._kill = kill
+        self._changed = changed
+        self._last = 1
+        self._asked: Settings | None = None
+        self._recycled: Peer | None = None
+        self.current = Generation(1, settings)
+        self.coming: Generation | None = None
+
+    @property
+    def reloading(self) -> bool:
+        """A reload was asked for and is not decided."""
+        return self.coming is not None or self._asked is not None
+
+    def ask(self, settings: Settings, now: float) -> None:
+        """Reload with `settings`: now, or when there is room for another generation."""
+        self._asked = settings
+        if self.coming is not None:
+            self._log.info("another reload follows when this one is decided")
+        elif not self._has_room():
+            self._log.info("the reload waits: %d generations are still draining", LEAVING_MAX)
+        self._begin(now)
+
+    def forget(self) -> None:
+        """No reload any more: the master is to stop. What was coming drains like all else."""
+        self._asked = None
+        self.coming = None
+        self._recycled = None
+
+    def resize(self, step: int) -> int:
+        """So many workers more or fewer, at least one; returns how many are wanted now."""
+        current = self.current
+        current.wanted = min(max(1, current.wanted + step), WORKERS_WANTED_MAX)
+        if self.coming is not None:
+            self.coming.wanted = min(max(1, self.coming.wanted + step), WORKERS_WANTED_MAX)
+        return current.wanted
+
+    def missing(self) -> Generation | None:
+        """The generation that another worker should be started for; None when all are there."""
+        wanted = self.current.wanted + (self._recycled is not None)
+        if self._count(self.current, Life.STARTING, Life.READY) < wanted:
+            return self.current
+        coming = self.coming
+        if coming is not None and self._count(coming, Life.STARTING, Life.STANDBY) < coming.wanted:
+            return coming
+        return None
+
+    def retire(self, peer: Peer, now: float) -> None:
+        """Have one worker drain, in the time that a drain may take."""
+        peer.tell(Down.DRAIN)
+        peer.deadline = now + self.current.settings.server.drain_timeout_secs
+
+    def surplus(self, now: float) -> None:
+        """Retire the least busy worker if the current generation has more than it wants."""
+        serving = [peer for peer in self._peers if peer.generation == self.current.number and _serves(peer)]
+        if len(serving) > self.current.wanted + (self._recycled is not None):
+            self.retire(min(serving, key=lambda peer: peer.active), now)
+
+    def ready(self, peer: Peer, now: float) -> None:
+        """A worker reported ready, and nobody has told it to go."""
+        coming = self.coming
+        if coming is not None and peer.generation == coming.number:
+            peer.life = Life.STANDBY
+            if self._count(coming, Life.STANDBY) >= coming.wanted:
+                self._turn_over(coming, now)
+            return
+        peer.life = Life.READY
+        recycled, self._recycled = self._recycled, None
+        if recycled is not None and recycled is not peer and _serves(recycled):
+            self.retire(recycled, now)
+        else:
+            self._recycled = recycled if recycled is not peer else None
+
+    def died(self, peer: Peer, was: Life, now: float) -> None:
+        """A worker is dead; it is in `peers` no more."""
+        if peer is self._recycled:
+            self._recycled = None
+        coming = self.coming
+        if coming is not None and peer.generation == coming.number and was is Life.STARTING:
+            coming.deaths += 1
+            if coming.deaths >= DEATHS_MAX:
+                self._abandon(f"{coming.deaths} of its workers died before they were ready", now)
+        self._begin(now)
+
+    def tick(self, now: float) -> None:
+        """Deadlines, and whoever is due to be recycled."""
+        if self.coming is not None and now >= self.coming.ready_by:
+            self._abandon(f"its workers were not ready after {READY_SECS:.0f} s", now)
+        for peer in self._peers:
+            if not peer.deadline or now < peer.deadline:
+                continue
+            if peer.told is Down.STOP:
+                self._kill(peer)
+                peer.deadline = now + 1
+            else:
+                self._log.warning("worker %d: %d streams did not finish in time: ending them", peer.index, peer.active)
+                peer.tell(Down.STOP)
+                peer.deadline = now + END_GRACE_SECS
+        if self._recycled is None and self.coming is None:
+            self._recycle()
+        self._begin(now)
+
+    def limit_of(self, generation: Generation) -> int:
+        """After how many streams a worker that is born now is recycled; 0: never."""
+        most = generation.settings.workers.max_streams
+        return int(most * random.uniform(1 - JITTER, 1)) or 1 if most else 0
+
+    def _begin(self, now: float) -> None:
+        if self._asked is None or self.coming is not None or not self._has_room():
+            return
+        settings, self._asked = self._asked, None
+        self._last += 1
+        self.coming = Generation(self._last, settings)
+        self.coming.ready_by = now + READY_SECS
+        self._recycled = None
+        self._log.info("generation %d: starting %d workers", self.coming.number, self.coming.wanted)
+
+    def _turn_over(self, coming: Generation, now: float) -> None:
+        """The coming generation is in charge from here on."""
+        old, self.current, self.coming = self.current, coming, None
+        for peer in self._peers:
+            if peer.generation == coming.number and peer.life is Life.STANDBY:
+                peer.life = Life.READY
+        for peer in self._peers:
+            if peer.generation != coming.number and peer.told is None:
+                self.retire(peer, now)
+        self._log.info("generation %d serves; generation %d drains", coming.number, old.number)
+        self._changed(coming.settings, True)
+
+    def _abandon(self, why: str, now: float) -> None:
+        coming, self.coming = self.coming, None
+        assert coming is not None
+        self._log.error("the reload failed: %s; generation %d stays in charge", why, self.current.number)
+        for peer in self._peers:
+            if peer.generation == coming.number:
+                peer.unwanted = True
+                peer.tell(Down.STOP)
+                peer.deadline = now + END_GRACE_SECS
+        self._changed(self.current.settings, False)
+
+    def _recycle(self) -> None:
+        if any(peer.told is not None and peer.generation == self.current.number for peer in self._peers):
+            return  # one at a time
+        most_bytes = self.current.settings.workers.max_rss_mb << 20
+        for peer in self._peers:
+            if peer.generation != self.current.number or not _serves(peer) or peer.life is not Life.READY:
+                continue
+            if peer.stream_limit and peer.given >= peer.stream_limit:
+                why = f"it had {peer.given} streams"
+            elif most_bytes and peer.row.rss_bytes > most_bytes:
+                why = f"it uses {peer.row.rss_bytes >> 20} MB"
+            else:
+                continue
+            self._log.info("worker %d is replaced: %s", peer.index, why)
+            self._recycled = peer
+            return
+
+    def _has_room(self) -> bool:
+        return len({peer.generation for peer in self._peers if peer.generation < self.current.number}) < LEAVING_MAX
+
+    def _count(self, generation: Generation, *lives: Life) -> int:
+        return sum(peer.generation == generation.number and peer.life in lives for peer in self._peers)
+
+
+def _serves(peer: Peer) -> bool:
+    """It is there to stay, as far as anyone has said."""
+    return peer.told is None and peer.life in (Life.STARTING, Life.READY)

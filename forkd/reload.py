@@ -1,0 +1,142 @@
+"""Reading the configuration again while the master goes on.
+
+A file may be large, broken or on a disk that hangs, and none of that is to stop the master or to stay in its memory. So
+a child reads it and sends back what came of it; a child that takes longer than TIMEOUT_SECS is killed. Several requests
+in a row are one: whoever asks while a child is reading gets another reading after it.
+
+What cannot change while forkd runs keeps its old value (`settle`), and its name is told.
+"""
+
+import os
+import pickle
+import selectors
+import signal
+import time
+from collections.abc import Callable
+from logging import Logger
+from typing import Any, Final
+
+import msgspec
+
+from forkd import process
+from forkd.config import ConfigError, Loaded
+from forkd.settings import ListenerSettings, Settings
+
+TIMEOUT_SECS: Final = 30.0
+
+FIXED: Final[dict[str, tuple[str, ...]]] = {
+    "server": ("socket_path", "socket_type", "socket_mode", "socket_group", "allow_users", "allow_groups")
+    + ("max_connections", "ledger", "user", "group"),
+    "metrics": ("enabled", "listen_addr", "dir"),
+    "logging": ("file",),
+}
+"""What only a restart changes (some of it an upgrade): it belongs to what was opened at the start."""
+_FIXED_OF_LISTENERS: Final = ("path", "type", "mode", "group", "protocol", "envelope", "allow_users", "allow_groups")
+
+
+def settle(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """`new` with what cannot change as it was in `old`, and the keys of which that is true."""
+    kept: list[str] = []
+    sections: dict[str, Any] = {}
+    for section, keys in FIXED.items():
+        before, after = getattr(old, section), getattr(new, section)
+        changed = {key: getattr(before, key) for key in keys if getattr(before, key) != getattr(after, key)}
+        kept += [f"{section}.{key}" for key in changed]
+        sections[section] = msgspec.structs.replace(after, **changed)
+    if [_fixed(listener) for listener in old.listeners] != [_fixed(listener) for listener in new.listeners]:
+        kept.append("listeners")
+        sections["listeners"] = old.listeners
+    return msgspec.structs.replace(new, **sections), kept
+
+
+def _fixed(listener: ListenerSettings) -> tuple[object, ...]:
+    return tuple(getattr(listener, key) for key in _FIXED_OF_LISTENERS)
+
+
+class Reader:
+    """Reads the configuration in a child. `answer` gets what came of it: settings and warnings, or the faults."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        log: Logger,
+        load: Callable[[], Loaded],
+        answer: Callable[[Loaded | list[str]], None],
+    ) -> None:
+        self._selector = selector
+        self._log = log
+        self._load = load
+        self._answer = answer
+        self._pipe = -1
+        self._started = 0.0
+        self._read = bytearray()
+        self._again = False
+        self.pid = 0
+        """Of the child, 0 while there is none."""
+
+    def ask(self) -> None:
+        """Read, now or when the present reading is over."""
+        if self.pid:
+            self._again = True
+            return
+        try:
+            self._start()
+        except OSError as error:
+            self._answer([f"cannot start a process to read the configuration: {error.strerror}"])
+
+    def tick(self, now: float) -> None:
+        """Called now and then: end a child that takes too long."""
+        if self.pid and now - self._started >= TIMEOUT_SECS:
+            os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the pid is its own
+
+    def on_ready(self, _mask: int) -> None:
+        """The child wrote something, or is gone."""
+        data = os.read(self._pipe, 65536)
+        if data:
+            self._read += data
+            return
+        self._selector.unregister(self._pipe)
+        os.close(self._pipe)
+        _, status = os.waitpid(self.pid, 0)  # it has closed its end, so it is dead or about to be
+        self.pid = 0
+        data, self._read = bytes(self._read), bytearray()
+        code = os.waitstatus_to_exitcode(status)
+        if code:
+            self._answer([f"the process that reads the configuration {process.how_it_ended(code)}"])
+        else:
+            self._answer(pickle.loads(data))
+        if self._again:
+            self._again = False
+            self.ask()
+
+    def _start(self) -> None:
+        self._pipe, theirs = os.pipe2(os.O_CLOEXEC)
+        before = process.block_signals()
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._child(theirs)
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            process.restore_signals(before)
+            os.close(theirs)
+        self.pid = pid
+        self._started = time.monotonic()
+        self._selector.register(self._pipe, selectors.EVENT_READ, self)
+
+    def _child(self, pipe: int) -> None:
+        """Read, tell, go. Never returns."""
+        code = 1
+        try:
+            process.close_all_but([pipe])
+            try:
+                outcome: Loaded | list[str] = self._load()
+            except ConfigError as error:
+                outcome = error.faults
+            with os.fdopen(pipe, "wb") as file:
+                file.write(pickle.dumps(outcome))
+            code = 0
+        finally:
+            os._exit(code)
