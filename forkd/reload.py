@@ -25,8 +25,18 @@ from forkd.settings import ListenerSettings, Settings
 TIMEOUT_SECS: Final = 30.0
 
 FIXED: Final[dict[str, tuple[str, ...]]] = {
-    "server": ("socket_path", "socket_type", "socket_mode", "socket_group", "allow_users", "allow_groups")
-    + ("max_connections", "ledger", "user", "group"),
+    "server": (
+        "socket_path",
+        "socket_type",
+        "socket_mode",
+        "socket_group",
+        "allow_users",
+        "allow_groups",
+        "max_connections",
+        "ledger",
+        "user",
+        "group",
+    ),
     "metrics": ("enabled", "listen_addr", "dir"),
     "logging": ("file",),
 }

@@ -124,7 +124,8 @@ class RelaySource:
         """Ask; with attachments, when they are read."""
         handoff, self._handoff = self._handoff, None
         stream, context, backend = self._stream, self._context, self._backend
-        assert handoff is not None and stream is not None
+        assert handoff is not None
+        assert stream is not None
         request_id = stream.request_id
         wanted = handoff.data.attachments
         if not wanted:

@@ -47,6 +47,7 @@ READY_SECS: Final = 10.0
 _HEAD: Final = Struct(">HBBBL")  # length (two parts), type, flags, stream: 4.1
 _WINDOW_UPDATE: Final = Struct(">HBBBLL")
 _DATA, _HEADERS, _PUSH_PROMISE, _GOAWAY, _CONTINUATION = 0x0, 0x1, 0x5, 0x7, 0x9
+_HEAD_FRAMES: Final = frozenset({_HEADERS, _PUSH_PROMISE, _CONTINUATION})
 _END_STREAM, _END_HEADERS, _PADDED = 0x1, 0x4, 0x8
 
 _CONFIG: Final = h2.config.H2Configuration(
@@ -259,7 +260,7 @@ class Http2:
                         self._pass(data[passed:position])
                     passed = following
                     self._goaway(data[position + 9 : following])
-                elif kind == _HEADERS or kind == _PUSH_PROMISE or kind == _CONTINUATION:
+                elif kind in _HEAD_FRAMES:
                     self._in_headers = not flags & _END_HEADERS
                 if self._transport.fd < 0:
                     return
@@ -400,10 +401,8 @@ class Http2:
         self._ended()
 
     def _window_updated(self, event: h2.events.WindowUpdated) -> None:
-        if event.stream_id:
-            waiting = [self._exchanges.get(event.stream_id)]
-        else:
-            waiting = list(self._exchanges.values())
+        exchanges = self._exchanges
+        waiting = [exchanges.get(event.stream_id)] if event.stream_id else list(exchanges.values())
         for exchange in waiting:
             if exchange is not None and exchange.unsent is not None:
                 self._send_body(exchange)
