@@ -67,8 +67,8 @@ class Kind(IntEnum):
 class Figures(NamedTuple):
     """What a worker says of itself once a second, for whoever looks after it.
 
-    oldest_ms is when the oldest of its streams was handed over (monotonic time), 0 if it has none. The last two are of the
-    second before.
+    oldest_ms is when the oldest of its streams was handed over (monotonic time), 0 if it has none. The last two are of
+    the second before.
     """
 
     rss_bytes: int = 0
@@ -232,8 +232,8 @@ class MasterRow:
     """What the master says of itself, several times a second.
 
     beat_ms: monotonic time. stage: "starting" until the first beat, then what `forkd.master.Stage` calls it. ready:
-    workers that take handoffs. streams, of which `queued` wait for a worker; at most `capacity`. room: how many more
-    handoffs would be taken this instant.
+    workers that take handoffs, of `wanted` ones (0: not told). streams, of which `queued` wait for a worker; at most
+    `capacity`. room: how many more handoffs would be taken this instant.
     """
 
     __slots__ = ("_at", "_words")
@@ -254,8 +254,9 @@ class MasterRow:
         peak: int,
         capacity: int,
         room: int,
+        wanted: int = 0,
     ) -> None:
-        values = (beat_ms, _STAGES.index(stage), generation, ready, streams, queued, peak, capacity, room)
+        values = (beat_ms, _STAGES.index(stage), generation, ready, streams, queued, peak, capacity, room, wanted)
         for word, value in enumerate(values, self._at):
             self._words[word] = value
 
@@ -294,3 +295,7 @@ class MasterRow:
     @property
     def room(self) -> int:
         return self._words[self._at + 8]
+
+    @property
+    def wanted(self) -> int:
+        return self._words[self._at + 9]

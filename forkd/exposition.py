@@ -27,16 +27,14 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
 
-import forkd
 from forkd import process
-from forkd.board import WORKERS_MAX, Board
+from forkd.board import Board
 from forkd.logs import Logs
 from forkd.metrics import BOUNDS, SPECS
+from forkd.overview import Overview
 from forkd.settings import Settings, parse_address
 from forkd.webserver import Reply, WebServer
 
-HEALTHY_SECS: Final = 5.0
-"""A master that has said nothing for so long is stuck."""
 BACKLOG: Final = 128
 SKIPPED: Final = "forkd_metrics_files_skipped_total"
 _ATTEMPTS: Final = 4
@@ -93,12 +91,13 @@ class Collector:
 
     The library gives up at the first file that it cannot read, and files can be found half made or cut short. Such a
     file is left out, counted, and named in the log once. And what was never counted is 0 rather than absent, wherever
-    the labels are known beforehand: a rate needs the 0 before the first 1.
+    the labels are known beforehand: a rate needs the 0 before the first 1. Gauges of the board are taken from there.
     """
 
-    def __init__(self, directory: str, backends: Iterable[str], log: Logger) -> None:
+    def __init__(self, directory: str, backends: Iterable[str], log: Logger, overview: Overview) -> None:
         self._directory = directory
         self._log = log
+        self._overview = overview
         self._named: set[str] = set()
         self._skipped = 0
         self._zeros = [_zero(name, backends) for name in SPECS]
@@ -106,6 +105,7 @@ class Collector:
     def collect(self) -> Iterator[Metric]:
         """Every metric of SPECS, in that order. Raises OSError when there is nothing to read at all."""
         found = {family.name: family for family in self._read()}
+        found.update(self._on_board())
         for zero in self._zeros:
             family = found.get(zero.name)
             if family is None:
@@ -115,6 +115,14 @@ class Collector:
             if family.name + "_total" == SKIPPED:
                 family.samples = [sample._replace(value=float(self._skipped)) for sample in family.samples]
             yield family
+
+    def _on_board(self) -> dict[str, Metric]:
+        families = {}
+        for name, worker, value in self._overview.gauges():
+            if name not in families:
+                families[name] = GaugeMetricFamily(name, SPECS[name].help, labels=SPECS[name].labels)
+            families[name].add_metric([worker] if worker else [], value)
+        return dict(families)
 
     def _read(self) -> Iterable[Metric]:
         files = glob.glob(os.path.join(glob.escape(self._directory), "*.db"))
@@ -150,93 +158,40 @@ def _zero(name: str, backends: Iterable[str]) -> Metric:
     """A metric that was never counted. A histogram with a label shows nothing yet: too many zeros for too little."""
     spec = SPECS[name]
     if spec.kind == "gauge":
-        return GaugeMetricFamily(name, spec.help, value=0)
+        return GaugeMetricFamily(name, spec.help, value=0 if spec.merge else None)
     if spec.kind == "counter":
-        if not spec.label:
+        if not spec.labels:
             return CounterMetricFamily(name, spec.help, value=0)
-        family = CounterMetricFamily(name, spec.help, labels=[spec.label])
-        for value in sorted(backends) if spec.label == "backend" else spec.values:
+        family = CounterMetricFamily(name, spec.help, labels=spec.labels)
+        for value in sorted(backends) if spec.labels == ("backend",) else spec.values:
             family.add_metric([value], 0)
         return family
-    histogram = HistogramMetricFamily(name, spec.help, labels=[spec.label] if spec.label else [])
-    if not spec.label:
+    histogram = HistogramMetricFamily(name, spec.help, labels=spec.labels)
+    if not spec.labels:
         histogram.add_metric([], [(_go(bound), 0.0) for bound in (*BOUNDS[name], inf)], 0.0)
     return histogram
 
 
 class Pages:
-    """Path to answer. `master_pid` and `started_at` (monotonic seconds) are the master's."""
+    """Path to answer."""
 
-    def __init__(self, board: Board, collector: Collector, master_pid: int, started_at: float) -> None:
-        self._board = board
-        self._master = board.master_row()
+    def __init__(self, overview: Overview, collector: Collector) -> None:
+        self._overview = overview
         self._collector = collector
-        self._master_pid = master_pid
-        self._started_at = started_at
 
     def answer(self, path: str, accept: str) -> Reply:
         """The page at `path`."""
+        overview = self._overview
         if path == "/metrics":
             encode, content_type = choose_encoder(accept)
             return Reply(HTTPStatus.OK, content_type, encode(self._collector))
         if path == "/healthz":
-            return _verdict(self._sickness())
+            return _verdict(overview.sickness())
         if path == "/readyz":
-            return _verdict(self._sickness() or self._obstacle())
+            return _verdict(overview.sickness() or overview.obstacle())
         if path == "/status":
-            return Reply(HTTPStatus.OK, "application/json", msgspec.json.encode(self.status()) + b"\n")
+            return Reply(HTTPStatus.OK, "application/json", msgspec.json.encode(overview.status()) + b"\n")
         return Reply(HTTPStatus.NOT_FOUND, _TEXT, b"here are /metrics, /healthz, /readyz and /status\n")
-
-    def status(self) -> dict[str, object]:
-        """The board, in words."""
-        master = self._master
-        return {
-            "pid": self._master_pid,
-            "version": forkd.__version__,
-            "uptime_secs": round(time.monotonic() - self._started_at, 1),
-            "silent_secs": round(self._silent_secs(), 1),
-            "generation": master.generation,
-            "stage": master.stage,
-            "ready_workers": master.ready,
-            "streams": master.streams,
-            "capacity": master.capacity,
-            "peak": master.peak,
-            "queued": master.queued,
-            "workers": list(self._workers()),
-        }
-
-    def _workers(self) -> Iterator[dict[str, object]]:
-        for index in range(1, WORKERS_MAX):
-            row = self._board.peer_row(index)
-            if not row.pid:  # indexes are given from below: nobody ever had this one, or one above
-                return
-            if row.life:
-                yield {
-                    "index": index,
-                    "pid": row.pid,
-                    "generation": row.generation,
-                    "state": row.life,
-                    "late": row.late,
-                    "streams": row.streams,
-                    "restarts": row.restarts,
-                }
-
-    def _silent_secs(self) -> float:
-        return max(0.0, time.monotonic() - self._master.beat_ms / 1000)
-
-    def _sickness(self) -> str:
-        """What is wrong with the master, or "". (If it were dead, this process would be, too.)"""
-        silent = self._silent_secs()
-        return f"the master has been silent for {silent:.0f} s" if silent >= HEALTHY_SECS else ""
-
-    def _obstacle(self) -> str:
-        """Why a handoff would not be taken now, or ""."""
-        master = self._master
-        if master.stage != "running":
-            return f"the master is {master.stage}"
-        if not master.ready:
-            return "no worker is ready"
-        return "" if master.room else "no room for another stream"
 
 
 def _verdict(fault: str) -> Reply:
@@ -275,8 +230,8 @@ class Exposition:
     def __init__(self, listener: socket.socket, board: Board, settings: Settings, directory: str, logs: Logs) -> None:
         self._listener = listener
         self._logs = logs
-        collector = Collector(directory, settings.backends, logs.logger)
-        self._pages = Pages(board, collector, os.getpid(), time.monotonic())
+        overview = Overview(board, os.getpid(), time.monotonic())
+        self._pages = Pages(overview, Collector(directory, settings.backends, logs.logger, overview))
 
     def fds(self) -> tuple[int, ...]:
         """What the process needs of the master's."""

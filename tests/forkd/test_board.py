@@ -28,7 +28,7 @@ def test_no_two_cells_overlap() -> None:
         peer.store_born(4000 + index, 5)
         peer.store("ready", 6, late=True)
     board.master_row().store(
-        beat_ms=1, stage="draining", generation=2, ready=3, streams=4, queued=5, peak=6, capacity=7, room=8
+        beat_ms=1, stage="draining", generation=2, ready=3, streams=4, queued=5, peak=6, capacity=7, room=8, wanted=9
     )
     for slot in range(3):
         board.states[slot] = State.PARTIAL
@@ -44,6 +44,7 @@ def test_no_two_cells_overlap() -> None:
     master = board.master_row()
     assert (master.beat_ms, master.stage, master.generation, master.ready) == (1, "draining", 2, 3)
     assert (master.streams, master.queued, master.peak, master.capacity, master.room) == (4, 5, 6, 7, 8)
+    assert master.wanted == 9
     assert bytes(board.states) == bytes([State.PARTIAL] * 3)
     assert bytes(board.kinds) == bytes([Kind.BARE] * 3)
     assert board.row(2).beat == board.row(2).current == 0
