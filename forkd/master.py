@@ -19,7 +19,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
-from forkd import process, upgrade
+from forkd import process, systemd, upgrade
 from forkd.auxiliary import Auxiliary
 from forkd.board import Board
 from forkd.config import Loaded
@@ -27,7 +27,7 @@ from forkd.dispatcher import Dispatcher
 from forkd.generations import END_GRACE_SECS
 from forkd.intake import Intake, Sender
 from forkd.ledger import Ledger
-from forkd.listener import Listener
+from forkd.listener import ListenError, Listener
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
@@ -209,6 +209,7 @@ class Master:
                 hangup = True
                 self._log.info("HUP: %d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
                 if self._stage is Stage.RUNNING:
+                    systemd.notify(systemd.reloading())
                     self._reader.ask()
             elif number == signal.SIGUSR2:
                 self._start_upgrade()
@@ -263,8 +264,11 @@ class Master:
         return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * workers - senders - kept) // 3
 
     def _listen(self) -> list[Listener]:
-        """Every listener: inherited, or bound now. What is inherited and not configured any more is given up."""
-        inherited = dict(self._heritage.listeners) if self._heritage is not None else {}
+        """Every listener: inherited, or bound now. What is inherited and not configured (any more) is given up."""
+        if self._heritage is not None:
+            inherited = dict(self._heritage.listeners)
+        else:
+            inherited = self._activated()
         listeners: list[Listener] = []
         try:
             for index, own in enumerate(self._settings.all_listeners()):
@@ -275,10 +279,24 @@ class Master:
                 listener.shared = listener.shared or self._heritage is not None  # the old master goes on with it
                 listener.close()
             raise
-        for fd, lock in inherited.values():
+        for path, (fd, lock) in inherited.items():
+            self._log.warning("the socket %s was passed to forkd and is not in its configuration: closed", path)
             os.close(fd)
-            os.close(lock)
+            if lock >= 0:
+                os.close(lock)
         return listeners
+
+    def _activated(self) -> dict[str, tuple[int, int]]:
+        """What systemd listens on for us, by path. Raises ListenError."""
+        types = {own.path: own.type for own in self._settings.all_listeners()}
+        try:
+            passed = systemd.listen_fds(os.environ, os.getpid())
+        except ValueError as error:
+            raise ListenError(str(error)) from error
+        for one in passed:
+            if types.get(one.path, one.type) != one.type:
+                raise ListenError(f"{one.path} from systemd is a {one.type} socket, the configuration says otherwise")
+        return {one.path: (one.fd, -1) for one in passed}
 
     def _make_metrics_dir(self) -> str | None:
         """A directory of this master's own, wiped at its start; after an upgrade, the one of the master before."""
@@ -394,6 +412,9 @@ class Master:
         workers = len(self._supervisor.peers)
         stage = "" if self._stage is Stage.RUNNING else f" {self._stage.value}"
         self._title.show(f"forkd: master [{self._name}]{stage} workers={workers} streams={self._ledger.count}", now)
+        if not self._handed_over:
+            status = f"STATUS={self._stage.value}: {self._ledger.count} streams in {workers} workers"
+            systemd.notify(f"{status}\nWATCHDOG=1")
         self._logs.sink.flush()
 
     def _drain(self, number: signal.Signals) -> None:
@@ -406,6 +427,8 @@ class Master:
     def _finish(self, timeout: float) -> None:
         """Take nothing new, and go when the last stream has ended."""
         assert self._intake is not None
+        if not self._handed_over:
+            systemd.notify("STOPPING=1")
         self._stage = Stage.DRAINING
         self._deadline = time.monotonic() + timeout
         self._intake.stop()
@@ -419,6 +442,7 @@ class Master:
         if self._stage is not Stage.RUNNING:
             return
         if isinstance(outcome, list):
+            systemd.notify("READY=1")
             self._log.error("the configuration is not valid; nothing is changed:")
             for fault in outcome:
                 self._log.error("  %s", fault)
@@ -432,6 +456,7 @@ class Master:
 
     def _reloaded(self, settings: Settings, succeeded: bool) -> None:
         """Its workers serve, or never will."""
+        systemd.notify("READY=1")
         if not succeeded:
             return
         self._settings = settings
@@ -492,10 +517,13 @@ class Master:
         self._finish(timeout)
 
     def _report_ready(self) -> None:
-        """Tell the master that started us, if one did."""
+        """Tell systemd, and the master that started us, if one did."""
         self._reported = True
+        state = {"READY": 1, "STATUS": "ready"}
         if self._heritage is not None:
             upgrade.tell_ready(self._heritage)
+            state["MAINPID"] = os.getpid()
+        systemd.notify(state)
 
     def _stop(self) -> None:
         if self._stage is Stage.STOPPING:

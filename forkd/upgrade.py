@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from logging import Logger
 from typing import Final, NamedTuple
 
-from forkd import process
+from forkd import process, systemd
 
 VARIABLE: Final = "FORKD_UPGRADE"
 READY_SECS: Final = 60.0
@@ -129,9 +129,7 @@ class Upgrade:
             ready_theirs,
             old_theirs,
         )
-        environ = {**os.environ, VARIABLE: json.dumps(heritage._asdict())}
-        for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID"):  # said of this pid, not of that
-            environ.pop(variable, None)
+        environ = {**systemd.for_successor(os.environ), VARIABLE: json.dumps(heritage._asdict())}
         fds = _fds(heritage)
         try:
             for fd in fds:
