@@ -4,8 +4,9 @@ Counting is local: a dict in this process, added to once per stream or less. `fl
 gathered to prometheus_client's multiprocess files, which whoever serves the metrics reads together. So a scrape lags
 by a second at most, and a stream costs no lock and no mmap.
 
-A file is keyed by who writes it ("master", "worker-3", after an upgrade "b-worker-3"), not by pid: a successor with the same index goes on where the
-last one stopped, so counters never fall and restarts add no files. Two live processes must never share a key.
+A file is keyed by who writes it ("master", "worker-3", after an upgrade "b-worker-3"), not by pid: a successor with the
+same index goes on where the last one stopped, so counters never fall and restarts add no files. Two live processes must
+never share a key.
 
 Names, types, labels and buckets of `daemon_*` are the reference's; `forkd_*` is new.
 """
@@ -21,7 +22,7 @@ from forkd.reasons import REASONS, Metric
 class Spec(NamedTuple):
     """One metric. `first_bucket` is a histogram's smallest bound, in seconds; 14 more follow, each twice the last.
 
-    `values` are all that an only label can have, where they are few: those are shown as 0 before they were ever counted.
+    `values` are all that an only label can have, where they are few: those are shown as 0 before they were counted.
     """
 
     kind: Literal["counter", "gauge", "histogram"]
@@ -30,8 +31,8 @@ class Spec(NamedTuple):
     first_bucket: float = 0.0
     values: tuple[str, ...] = ()
     merge: str = ""
-    """How a gauge of several masters is one: an old one still drains after an upgrade. `sum` or `max`. A gauge without it
-    is in no file: whoever serves the metrics reads it off the board (`forkd.overview`)."""
+    """How a gauge of several masters is one: an old one still drains after an upgrade. `sum` or `max`. A gauge without
+    it is in no file: whoever serves the metrics reads it off the board (`forkd.overview`)."""
 
 
 BUCKETS: Final = 15
