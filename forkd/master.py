@@ -27,7 +27,7 @@ from forkd.dispatcher import Dispatcher
 from forkd.generations import END_GRACE_SECS
 from forkd.intake import Intake, Sender
 from forkd.ledger import Ledger
-from forkd.listener import ListenError, Listener
+from forkd.listener import Listener, ListenError
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
@@ -265,10 +265,7 @@ class Master:
 
     def _listen(self) -> list[Listener]:
         """Every listener: inherited, or bound now. What is inherited and not configured (any more) is given up."""
-        if self._heritage is not None:
-            inherited = dict(self._heritage.listeners)
-        else:
-            inherited = self._activated()
+        inherited = dict(self._heritage.listeners) if self._heritage is not None else self._activated()
         listeners: list[Listener] = []
         try:
             for index, own in enumerate(self._settings.all_listeners()):
