@@ -13,28 +13,39 @@ import difflib
 import grp
 import os
 import pwd
+import re
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+import msgspec
+
 from forkd import strictyaml
 from forkd.convert import Walk, kind_of, shown
-from forkd.settings import HttpBackend, ListenerSettings, Settings, default_socket_path, parse_address
+from forkd.settings import (
+    AnthropicBackend,
+    Backend,
+    HttpBackend,
+    ListenerSettings,
+    Secret,
+    Settings,
+    default_socket_path,
+    parse_address,
+)
 
 # What this version can do of what can be configured. A new feature is let in here, and nowhere else.
-AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing"})
+AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
 # Understood, but without effect so far: whoever sets one is told.
 INEFFECTIVE_KEYS: Final = (
-    ("server", "headers_after_secs"),
     ("server", "drain_timeout_secs"),
-    ("server", "data_dir"),
     ("workers", "max_streams"),
     ("workers", "max_rss_mb"),
 )
 
-# The reference's variables, and what each sets.
+# The reference's variables and those that are like them, and what each sets.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "DAEMON_SOCKET_PATH": "server.socket_path",
     "DAEMON_SOCKET_MODE": "server.socket_mode",
@@ -51,6 +62,10 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "OPENAI_API_SOCKET": "backends.openai.api_socket",
     "OPENAI_HTTP2_ENABLED": "backends.openai.http2.enabled",
     "OPENAI_INSECURE_SSL": "backends.openai.insecure_ssl",
+    "ANTHROPIC_API_KEY": "backends.anthropic.api_key",
+    "ANTHROPIC_API_BASE": "backends.anthropic.api_base",
+    "LANGGRAPH_API_KEY": "backends.langgraph.api_key",
+    "LANGGRAPH_API_BASE": "backends.langgraph.api_base",
     "DAEMON_METRICS_ENABLED": "metrics.enabled",
     "DAEMON_METRICS_ADDR": "metrics.listen_addr",
     "DAEMON_LOG_LEVEL": "logging.level",
@@ -64,6 +79,7 @@ OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
 }
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un.sun_path less its NUL: unix(7)
+MAX_KEY_FILE_BYTES: Final = 65_536
 
 
 class ConfigError(Exception):
@@ -100,6 +116,7 @@ def load(
             walk.lay_over(raw, key, value, f"{key} (command line)")
     settings = walk.struct(Settings, raw, "")
     _check(settings, walk)
+    settings = _with_keys(settings, walk)
     if walk.faults:
         raise ConfigError(walk.faults)
     return Loaded(settings, _warnings(environ) + _ineffective(settings))
@@ -135,7 +152,10 @@ def _warnings(environ: Mapping[str, str]) -> list[str]:
         f"{variable} is ignored: {why}" for variable, why in OBSOLETE_VARIABLES.items() if environ.get(variable)
     ]
     for variable in environ:
-        if variable.startswith(("DAEMON_", "OPENAI_")) and variable not in {*ENVIRONMENT, *OBSOLETE_VARIABLES}:
+        if variable.startswith(("DAEMON_", "OPENAI_", "ANTHROPIC_", "LANGGRAPH_")) and variable not in {
+            *ENVIRONMENT,
+            *OBSOLETE_VARIABLES,
+        }:
             near = difflib.get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.85)
             warnings += [f"{variable} is ignored: did you mean {name}?" for name in near]
     return warnings
@@ -223,3 +243,74 @@ def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:
         _check_socket(f"{key}.api_socket", backend.api_socket, {}, walk)
     if backend.api_key and backend.api_key_file and f"{key}.api_key" not in walk.sources:
         walk.fault(f"{key}.api_key", "there is an api_key_file too; write one of them")
+    for index, name in enumerate(backend.pass_through):
+        if name in backend.reserved_keys:
+            walk.fault(f"{key}.pass_through[{index}]", f"{shown(name)} is forkd's own to set or to keep")
+    for index, written in enumerate(backend.attachment_types):
+        if written is not None and not re.fullmatch(r"(\*|[\w.+-]+)/(\*|[\w.+-]+)", written, re.ASCII):
+            walk.fault(
+                f"{key}.attachment_types[{index}]", f"expected a media type such as image/png, got {shown(written)}"
+            )
+    if isinstance(backend, AnthropicBackend) and not re.fullmatch(r"[\w.-]+", backend.api_version, re.ASCII):
+        walk.fault(f"{key}.api_version", f"expected a version such as 2023-06-01, got {shown(backend.api_version)}")
+    if backend.ca_file is not None and (fault := _ca_fault(backend.ca_file)):
+        walk.fault(f"{key}.ca_file", f"{shown(backend.ca_file)}: {fault}")
+
+
+def _ca_fault(path: str) -> str:
+    """What keeps a file from being one of certificates, or nothing."""
+    import ssl  # noqa: PLC0415 (a megabyte that few masters need)
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "is not a regular file"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        return "holds no certificates in PEM"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+    except ValueError:
+        return "is not a file name"
+    return ""
+
+
+def _with_keys(settings: Settings, walk: Walk) -> Settings:
+    """The settings with the keys that are in files. A key that was given otherwise is not looked for."""
+    backends: dict[str, Backend] = {}
+    for name, backend in settings.backends.items():
+        backends[name] = backend
+        if isinstance(backend, HttpBackend) and backend.api_key is None and backend.api_key_file is not None:
+            try:
+                secret = _key_in(backend.api_key_file)
+            except ValueError as error:
+                walk.fault(f"backends.{name}.api_key_file", f"{shown(backend.api_key_file)}: {error}")
+            else:
+                backends[name] = msgspec.structs.replace(backend, api_key=secret)
+    return msgspec.structs.replace(settings, backends=backends)
+
+
+def _key_in(path: str) -> Secret:
+    """The key that a file holds. ValueError says why there is none, and quotes nothing of it."""
+    try:
+        # O_NONBLOCK: a FIFO would wait for somebody to write, and a reload with it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ValueError(error.strerror or "cannot be read") from None
+    except ValueError:
+        raise ValueError("is not a file name") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("is not a regular file")
+        content = os.read(fd, MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(error.strerror or "cannot be read") from None
+    finally:
+        os.close(fd)
+    if len(content) > MAX_KEY_FILE_BYTES:
+        raise ValueError("is too large for a key")
+    if not content.strip():
+        raise ValueError("is empty")
+    try:
+        return Secret.parse(content.decode())
+    except ValueError:
+        raise ValueError(f"expected {Secret.expected}, got other characters") from None

@@ -147,7 +147,7 @@ class Server(Struct, frozen=True, kw_only=True):
     handoff_timeout_secs: Annotated[PositiveSeconds, about("How long such a sender may stay silent")] = 5
     max_data_bytes: Annotated[Annotated[int, Meta(ge=1, le=1 << 30)], about("The most handoff data accepted")] = 1 << 20
     headers_after_secs: Annotated[
-        Seconds, about("Answer 200 and keep the client company while the model is still silent after so long")
+        Seconds, about("Answer 200 and keep the client company while the model is still silent after so long. 0: never")
     ] = 10
     write_timeout_secs: Annotated[PositiveSeconds, about("How long a client may take nothing before it is dropped")] = (
         30
@@ -160,6 +160,12 @@ class Server(Struct, frozen=True, kw_only=True):
     user: Annotated[Principal | None, about("Dropped to after binding, when started as root")] = None
     group: Annotated[Principal | None, about("Likewise. null: the user's own group")] = None
     data_dir: Annotated[Text | None, about("The directory that attachments are read from. null: none")] = None
+    max_attachment_bytes: Annotated[
+        Annotated[int, Meta(ge=1, le=1 << 30)], about("The most that the attachments of one handoff may have together")
+    ] = 20 << 20
+    attachments_max_age_secs: Annotated[
+        Seconds, about("Files in `data_dir` that are older than this were left behind, and are deleted. 0: never")
+    ] = 3600
 
 
 class ListenerSettings(Struct, frozen=True, kw_only=True):
@@ -240,19 +246,49 @@ class Http2(Struct, frozen=True, kw_only=True):
     ] = 20
 
 
-class HttpBackend(Struct, frozen=True, kw_only=True):
-    """``provider: openai`` and every other that relays a stream from an HTTP API."""
+# What the handoff data says to forkd itself: it goes to an API as forkd sees fit, or not at all.
+HANDOFF_KEYS: Final = frozenset(
+    {
+        "prompt",
+        "messages",
+        "model",
+        "system",
+        "max_tokens",
+        "temperature",
+        "user_id",
+        "request_id",
+        "backend",
+        "response_headers",
+        "attachments",
+        "test_pattern",
+        "thread_id",
+        "assistant_id",
+        "stream_mode",
+        "langgraph_input",
+    }
+)
 
-    provider: Annotated[Literal["openai"], about("Which kind of backend this is")] = "openai"
-    api_base: Annotated[Text, about("The API's address, without the part after its version")] = (
-        "https://api.openai.com/v1"
-    )
+
+class HttpBackend(Struct, frozen=True, kw_only=True):
+    """What every provider has that relays a stream from an HTTP API."""
+
+    reserved_keys: ClassVar[frozenset[str]] = HANDOFF_KEYS
+    """What `pass_through` may not name, since forkd writes it."""
+
+    provider: str
+    api_base: Text
     api_key: Annotated[Secret | None, about("The key; better by environment or `api_key_file`")] = None
-    api_key_file: Annotated[Text | None, about("A file that holds the key")] = None
-    api_socket: Annotated[
-        Text | None, about("A Unix socket to reach it by: HTTP/1.1, or HTTP/2 with `http2.enabled: force`")
+    api_key_file: Annotated[
+        Text | None, about("A file that holds the key. It is read at the start and by a reload")
     ] = None
-    default_model: Annotated[Text, about("The model when the handoff data names none")] = "gpt-4o"
+    api_socket: Annotated[
+        Text | None,
+        about(
+            "A Unix socket to reach it by: HTTP/1.1, or HTTP/2 with `http2.enabled: force`. An `https` address has its "
+            "TLS inside of it"
+        ),
+    ] = None
+    connect_timeout_secs: Annotated[PositiveSeconds, about("To connect, TLS included; for each of its addresses")] = 5
     first_byte_timeout_secs: Annotated[
         PositiveSeconds, about("From the request to the first byte, retries included")
     ] = 30
@@ -262,18 +298,83 @@ class HttpBackend(Struct, frozen=True, kw_only=True):
         Literal["json", "text", "raw"],
         about('`json`: `{"content": …}`. `text`: plain data lines. `raw`: the upstream\'s own events'),
     ] = "json"
+    events: Annotated[
+        tuple[Literal["reasoning", "tool_calls", "usage", "finish"], ...],
+        about("Further events for the client, by these names, where the format is not `raw`"),
+    ] = ()
+    models: Annotated[
+        tuple[Text, ...], about("Models that the metrics count by name, beside the default. Others count as `other`")
+    ] = ()
+    pass_through: Annotated[
+        tuple[Text, ...], about("Further keys of the handoff data that are handed on to the API as they are")
+    ] = ()
+    attachment_types: Annotated[
+        tuple[Text, ...], about("Media types of attachments that are accepted. `text/*` is any text, JSON too")
+    ] = ("text/*", "image/png", "image/jpeg", "image/gif", "image/webp", "application/pdf")
     pool_max_idle: Annotated[Count, about("Idle connections kept, in each worker")] = 100
+    ca_file: Annotated[
+        Text | None, about("A file of certificates (PEM) to trust instead of the system's. null: the system's")
+    ] = None
     insecure_ssl: Annotated[bool, about("Do not verify the certificate. For tests")] = False
     http2: Annotated[Http2, about("HTTP/2")] = field(default_factory=Http2)
 
 
-Backend: TypeAlias = MockBackend | TypingBackend | HttpBackend
+class OpenAiBackend(HttpBackend, frozen=True, kw_only=True):
+    """``provider: openai`` is OpenAI's Chat Completions, and every server that speaks it."""
+
+    reserved_keys: ClassVar[frozenset[str]] = HANDOFF_KEYS | {"stream", "stream_options"}
+
+    provider: Annotated[Literal["openai"], about("Which kind of backend this is")] = "openai"
+    api_base: Annotated[Text, about("The API's address, without the part after its version")] = (
+        "https://api.openai.com/v1"
+    )
+    default_model: Annotated[Text, about("The model when the handoff data names none")] = "gpt-4o"
+    usage: Annotated[bool, about("Ask for the tokens used (`stream_options`), which some servers do not know")] = True
+
+
+class AnthropicBackend(HttpBackend, frozen=True, kw_only=True):
+    """``provider: anthropic`` is Anthropic's Messages API."""
+
+    reserved_keys: ClassVar[frozenset[str]] = HANDOFF_KEYS | {"stream"}
+
+    provider: Annotated[Literal["anthropic"], about("Which kind of backend this is")] = "anthropic"
+    api_base: Annotated[Text, about("The API's address, with or without `/v1` at its end")] = (
+        "https://api.anthropic.com"
+    )
+    default_model: Annotated[Text, about("The model when the handoff data names none")] = "claude-sonnet-4-5"
+    max_tokens: Annotated[PositiveCount, about("The longest answer when the handoff data does not say")] = 4096
+    api_version: Annotated[Text, about("What `anthropic-version` says")] = "2023-06-01"
+
+
+StreamMode: TypeAlias = Literal["messages-tuple", "messages", "updates", "values", "custom", "tasks", "debug", "events"]
+
+
+class LangGraphBackend(HttpBackend, frozen=True, kw_only=True):
+    """``provider: langgraph`` is a LangGraph server: its runs, with or without a thread."""
+
+    reserved_keys: ClassVar[frozenset[str]] = HANDOFF_KEYS | {"input"}
+
+    provider: Annotated[Literal["langgraph"], about("Which kind of backend this is")] = "langgraph"
+    api_base: Annotated[Text, about("The server's address, without `/threads` or `/runs`")] = "http://127.0.0.1:2024"
+    assistant_id: Annotated[Text, about("The assistant, or graph, when the handoff data names none")] = "agent"
+    stream_mode: Annotated[
+        StreamMode,
+        about(
+            "What to ask the server for when the handoff data does not say. Unless the format is `raw`, `messages` is "
+            "asked for as `messages-tuple` and `values` as `updates`, which say the same without repeating it"
+        ),
+    ] = "messages-tuple"
+
+
+Backend: TypeAlias = MockBackend | TypingBackend | OpenAiBackend | AnthropicBackend | LangGraphBackend
 
 # The kinds of backend that can be configured. Each name is also a backend that exists without being written.
-PROVIDERS: Final[Mapping[str, type[MockBackend] | type[TypingBackend] | type[HttpBackend]]] = {
+PROVIDERS: Final[Mapping[str, type[Backend]]] = {
     "mock": MockBackend,
     "typing": TypingBackend,
-    "openai": HttpBackend,
+    "openai": OpenAiBackend,
+    "anthropic": AnthropicBackend,
+    "langgraph": LangGraphBackend,
 }
 
 

@@ -25,11 +25,15 @@ from forkd import config, cpus
 from forkd.config import ENVIRONMENT, ConfigError, Loaded, load
 from forkd.convert import REFERENCE_KEYS, known_keys
 from forkd.settings import (
+    HANDOFF_KEYS,
     MOCK_TEXT,
+    AnthropicBackend,
     FileMode,
     HttpBackend,
+    LangGraphBackend,
     ListenerSettings,
     MockBackend,
+    OpenAiBackend,
     Secret,
     Server,
     Settings,
@@ -79,7 +83,7 @@ def test_everything_has_a_default() -> None:
     loaded = load(None, {}, {})
     assert loaded == Loaded(Settings(), [])
     assert loaded.settings.default_backend == "mock"
-    assert list(loaded.settings.backends) == ["mock", "typing", "openai"]
+    assert list(loaded.settings.backends) == ["mock", "typing", "openai", "anthropic", "langgraph"]
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "server:\nworkers: {}\nlisteners:\nbackends:\nmetrics: ~\n"])
@@ -145,6 +149,10 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "OPENAI_API_SOCKET": ("/run/proxy.sock", "/run/proxy.sock"),
     "OPENAI_HTTP2_ENABLED": ("0", False),
     "OPENAI_INSECURE_SSL": ("TRUE", True),
+    "ANTHROPIC_API_KEY": ("sk-ant-1234", Secret("sk-ant-1234")),
+    "ANTHROPIC_API_BASE": ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+    "LANGGRAPH_API_KEY": (" lsv2-1234\n", Secret("lsv2-1234")),
+    "LANGGRAPH_API_BASE": ("http://127.0.0.1:8001", "http://127.0.0.1:8001"),
     "DAEMON_METRICS_ENABLED": ("off", False),
     "DAEMON_METRICS_ADDR": ("[::]:9191", "[::]:9191"),
     "DAEMON_LOG_LEVEL": ("WARN", "warning"),
@@ -185,7 +193,7 @@ def test_a_fault_names_its_source(load_text: Loader) -> None:
         'server.linger_secs: expected a number, got "long"',
         'workers.count (command line): expected a whole number or auto, got "few"',
         'DAEMON_TOKEN_DELAY_MS: expected a number from 0 to 3600000, got "-1"',
-        'DAEMON_BACKEND_PROVIDER: expected one of mock, typing, openai; got "cohere"',
+        'DAEMON_BACKEND_PROVIDER: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
     ]
     assert faults(lambda: load_text("backends: {openai: {provider: mock}}", {"OPENAI_API_KEY": "sk-1234"})) == [
         "OPENAI_API_KEY: sets backends.openai.api_key, an unknown key; this provider has no such key"
@@ -243,7 +251,7 @@ logging: {access: perhaps}
         "listeners[1]: expected a mapping, got a string",
         'backends.openai.idle_timeout_secs: expected a number, got "fast"',
         "backends.openai.http2.max_streams: expected a whole number from 1 to 10000, got 0",
-        "backends.mine.provider: is missing; expected one of mock, typing, openai",
+        "backends.mine.provider: is missing; expected one of mock, typing, openai, anthropic, langgraph",
         'logging.access: expected true or false, got "perhaps"',
     ]
     found = faults(lambda: load_text(text))
@@ -318,23 +326,23 @@ logging: {access: perhaps}
         ),
         (
             "listeners: [{path: /x, backend: cohere}]",
-            'listeners[0].backend: expected one of mock, typing, openai; got "cohere"',
+            'listeners[0].backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
         ),
-        ("default_backend: cohere", 'default_backend: expected one of mock, typing, openai; got "cohere"'),
+        ("default_backend: cohere", 'default_backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"'),
         ("default_backend:", "default_backend: expected a string, got null"),
         ("backends: [mock]", "backends: expected a mapping, got a list"),
         (
             "backends: {claude: {provider: pigeon}}",
-            'backends.claude.provider: expected one of mock, typing, openai; got "pigeon"',
+            'backends.claude.provider: expected one of mock, typing, openai, anthropic, langgraph; got "pigeon"',
         ),
         (
             "backends: {mock: {provider: [x]}}",
-            "backends.mock.provider: expected one of mock, typing, openai; got a list",
+            "backends.mock.provider: expected one of mock, typing, openai, anthropic, langgraph; got a list",
         ),
         # the name exists, though its provider does not: one fault is enough
         (
             "{default_backend: claude, backends: {claude: {provider: pigeon}}}",
-            'backends.claude.provider: expected one of mock, typing, openai; got "pigeon"',
+            'backends.claude.provider: expected one of mock, typing, openai, anthropic, langgraph; got "pigeon"',
         ),
         (
             "backends: {my backend: {provider: mock}}",
@@ -562,9 +570,11 @@ def test_backends_of_ones_own(load_text: Loader) -> None:
     assert settings.backends == {
         "mock": TypingBackend(),
         "typing": TypingBackend(),
-        "openai": HttpBackend(),
+        "openai": OpenAiBackend(),
+        "anthropic": AnthropicBackend(),
+        "langgraph": LangGraphBackend(),
         "slow": TypingBackend(token_delay_ms=200),
-        "gpt-4.1": HttpBackend(default_model="gpt-4.1"),
+        "gpt-4.1": OpenAiBackend(default_model="gpt-4.1"),
     }
 
 

@@ -88,9 +88,11 @@ class HttpBackend(Backend):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name)
         self.settings = settings
+        if settings.format == "text":
+            self.encode = sse.text_event
         self.raw = settings.format == "raw"
         """The client gets the API's own events; what `translate` makes of them only counts."""
-        self._labels = frozenset({settings.default_model, *settings.models})
+        self._labels = frozenset({self.model(HandoffData()), *settings.models})
 
     def label(self, model: str) -> str:
         """What the metrics call this model: its name if it was configured, or there would be a series for each name
