@@ -78,7 +78,7 @@ class Http1Connection:
             self._record.fault = self._record.fault or str(error)
             self._pipe.write(head(400, [("content-length", "0"), ("connection", "close")]))
             self._pipe.close()
-        except ConnectionError:
+        except OSError:  # a reset, or TLS that ended badly
             pass
         finally:
             self._gone()

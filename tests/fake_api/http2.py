@@ -139,7 +139,7 @@ class Http2Connection:
             self.record.fault = f"{type(error).__name__}: {error}"
             self.flush()
             self.pipe.close()
-        except ConnectionError:
+        except OSError:  # a reset, or TLS that ended badly
             pass
         finally:
             for exchange, _ in list(self._answers.values()):

@@ -31,9 +31,10 @@ class Pipe:
             self._dripping.put_nowait(data)
 
     async def drain(self) -> None:
-        """Raises ConnectionError when the client is gone."""
+        """Raises OSError when the client is gone."""
         if self._dripping is not None:
             await self._dripping.join()
+        await asyncio.sleep(0)  # asyncio's drain does not always let the loop turn, which must notice the client's end
         await self._writer.drain()
 
     def drip(self) -> None:
@@ -57,7 +58,7 @@ class Pipe:
         self._writer.close()
 
     async def gone(self) -> None:
-        """Wait until a connection that was closed or reset is no more. Raises ConnectionError if it ended badly."""
+        """Wait until a connection that was closed or reset is no more. Raises OSError if it ended badly."""
         await self._writer.wait_closed()
 
     def _end(self) -> None:
@@ -68,7 +69,7 @@ class Pipe:
     async def _drip(self, queue: "asyncio.Queue[bytes]") -> None:
         while True:
             data = await queue.get()
-            for number in data:
+            for number in b"" if self._writer.is_closing() else data:
                 self._writer.write(bytes((number,)))
                 await asyncio.sleep(0)
             queue.task_done()

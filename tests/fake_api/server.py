@@ -165,15 +165,16 @@ class FakeApi:
         seen = exchange.seen
         try:
             await self._pattern(exchange)(exchange)
-        except ConnectionError:
+        except OSError:
             if not exchange.pipe.closed and not seen.over:
                 seen.cancelled_at = time.monotonic()
         except Exception as error:  # a test's mistake: it is told at the end, the client at once
             self.errors.append(error)
             exchange.cut()
-        if not seen.over:
-            seen.ended_at = time.monotonic()
-        self.changed()
+        finally:
+            if not seen.over:
+                seen.ended_at = time.monotonic()
+            self.changed()
 
     def _pattern(self, exchange: Exchange) -> Pattern:
         if not exchange.known:
@@ -249,8 +250,13 @@ class FakeApi:
     def _spawn(self, what: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = self._loop.create_task(what)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self.errors.append(error)
 
     async def _accept(self) -> None:
         assert self._listener is not None
@@ -271,9 +277,9 @@ class FakeApi:
                 if fate == "reset":
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 elif fate == "silent":
-                    sock.setblocking(False)
-                    while await self._loop.sock_recv(sock, PIECE):
-                        pass
+                    with contextlib.suppress(ConnectionError):
+                        while await self._loop.sock_recv(sock, PIECE):
+                            pass
                     record.closed_by_client = True
                 else:
                     await self._speak(sock, record)
@@ -298,13 +304,13 @@ class FakeApi:
         self._pipes.add(pipe)
         try:
             await self._converse(transport, reader, pipe, record)
-        except ConnectionError:
+        except OSError:
             pass
         finally:
             record.closed_by_client = not pipe.closed
             self._pipes.discard(pipe)
             pipe.close()
-            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            with contextlib.suppress(OSError, asyncio.CancelledError):
                 await pipe.gone()
 
     async def _converse(

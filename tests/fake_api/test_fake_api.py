@@ -33,7 +33,7 @@ def api() -> Iterator[FakeApi]:
     before = own_fds()
     with FakeApi() as api:
         yield api
-    assert own_fds() <= before + 1  # the event loop's policy may keep one
+    assert own_fds() == before
 
 
 @pytest.fixture
