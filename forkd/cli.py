@@ -5,9 +5,11 @@ configuration is wrong.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import forkd
 from forkd import config, process, upgrade
@@ -26,7 +28,8 @@ Without any configuration forkd answers with canned text (the mock backend), whi
 EPILOG = """\
 subcommands:
   forkd demo               everything in one command, without Apache: a web page on http://127.0.0.1:8080
-                           (forkd demo --help)
+  forkd status             a live table of the master and its workers
+                           (each has a --help of its own)
 
 signals to the master:
   TERM, INT   stop accepting, let streams finish (server.shutdown_timeout_secs); a second one ends them
@@ -44,13 +47,16 @@ Flags override the environment (DAEMON_*, OPENAI_*), which overrides the file. E
 """
 
 
+SUBCOMMANDS: Final = ("demo", "status")
+"""Modules of forkd, whose `main` takes what follows and returns the exit status."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run forkd; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["demo"]:
-        from forkd import demo  # noqa: PLC0415 - the daemon needs none of it
-
-        return demo.main(arguments[1:])
+    if arguments and arguments[0] in SUBCOMMANDS:
+        subcommand = importlib.import_module(f"forkd.{arguments[0]}")  # the daemon needs none of them
+        return int(subcommand.main(arguments[1:]))
     options = _parser().parse_args(arguments)
     if options.config and options.positional:
         print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
