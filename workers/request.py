@@ -33,6 +33,10 @@ class HandoffData(msgspec.Struct, kw_only=True):
     response_headers: dict[str, Any] | list[Any] | None = None
     attachments: dict[str, str] | list[Any] | None = None
     test_pattern: str | None = None
+    thread_id: str | None = None
+    assistant_id: str | None = None
+    stream_mode: str | list[str] | None = None
+    langgraph_input: msgspec.Raw | None = None
 
 
 class RequestLine(msgspec.Struct, kw_only=True):

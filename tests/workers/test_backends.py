@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from forkd.settings import HttpBackend, Settings
 from forkd.settings import MockBackend as MockSettings
+from forkd.settings import OpenAiBackend as OpenAiSettings
+from forkd.settings import Settings
 from forkd.settings import TypingBackend as TypingSettings
 from workers.backends import registry
 from workers.backends.mock import MockBackend
@@ -58,15 +59,17 @@ def test_the_registry_builds_what_it_can() -> None:
         backends={
             "quick": MockSettings(token_delay_ms=10, text="a b"),
             "other": TypingSettings(text="c"),
-            "paid": HttpBackend(),
+            "paid": OpenAiSettings(),
         }
     )
     built = registry.build(settings)
     assert [(name, type(backend).__name__) for name, backend in built.items()] == [
         ("quick", "MockBackend"),
         ("other", "TypingBackend"),
+        ("paid", "OpenAiBackend"),
     ]
-    assert [backend.name for backend in built.values()] == ["quick", "other"]
+    assert [backend.name for backend in built.values()] == ["quick", "other", "paid"]
+    assert built["paid"].costs_money
     quick = built["quick"]
     assert isinstance(quick, MockBackend)
     assert list(quick.steps(NOTHING)) == [(0.0, "a "), (0.01, "b"), (0.01, "")]

@@ -1,0 +1,220 @@
+"""Chat Completions, of OpenAI and of every server that speaks them (Ollama, vLLM, Groq, OpenRouter …).
+
+https://platform.openai.com/docs/api-reference/chat says what OpenAI sends. What others make of it:
+
+* the last event is `[DONE]`; some end the body behind a `finish_reason` instead, and some have neither in raw form;
+* the usage comes in a chunk of its own with empty `choices` (OpenAI, vLLM), with the last choice (OpenRouter), with
+  every chunk (xAI, vLLM's `continuous_usage_stats`), or under `x_groq` (Groq);
+* reasoning is `reasoning_content` (DeepSeek, vLLM) or `reasoning` (OpenRouter, Groq, Ollama);
+* the content is a string, null, absent, or a list of parts (Mistral), and under `text` where the server only knows the
+  older completions;
+* an error in the middle of a 200 is `{"error": {…}}`, `{"error": "…"}` or `{"object": "error", …}`, or nothing but a
+  `finish_reason` of "error" (OpenRouter).
+
+Nearly every event is a chunk with one piece of text and nothing else. It is decoded by its type, which passes over
+whatever is not asked for, and costs about a microsecond; what does not fit the type is looked at more patiently.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from forkd.settings import OpenAiBackend as Settings
+from workers import sse
+from workers.attachments import Attachment
+from workers.backends import asking, pieces
+from workers.backends.base import BadRequest, Done, Failure, Finish, HttpBackend, Piece, Translation, Usage
+from workers.backends.messages import Part, data_url, messages, text_of
+from workers.request import HandoffData, Request
+from workers.upstream.message import HttpRequest
+
+_DONE: Final = Done()
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | list[Any] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: msgspec.Raw | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+    index: int = 0
+    text: str | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Groq(msgspec.Struct, gc=False):
+    usage: _Usage | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+    x_groq: _Groq | None = None
+
+
+class OpenAiBackend(HttpBackend):
+    """Any server that answers POST /chat/completions."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self._own = settings
+        super().__init__(name, settings)
+        key = settings.api_key
+        self._headers = asking.STATIC if key is None else (*asking.STATIC, ("authorization", f"Bearer {key.reveal()}"))
+        self._events = frozenset() if self.raw else frozenset(settings.events)
+        self._decode = msgspec.json.Decoder(_Chunk).decode
+
+    def model(self, data: HandoffData) -> str:
+        return data.model or self._own.default_model
+
+    def request(self, handoff: Request, request_id: str, attachments: Mapping[str, Attachment]) -> HttpRequest:
+        data, own = handoff.data, self._own
+        conversation = messages(data, attachments, _medium)
+        if data.system:
+            conversation.insert(0, {"role": "system", "content": data.system})
+        body: dict[str, Any] = {
+            **asking.passed_through(own.pass_through, handoff),
+            **asking.sampling(data),
+            "model": self.model(data),
+            "messages": conversation,
+            "stream": True,
+        }
+        if own.usage:
+            body["stream_options"] = {"include_usage": True}
+        return HttpRequest("/chat/completions", asking.headers(self._headers, data, request_id), asking.encoded(body))
+
+    def translate(self, event: sse.Event) -> Translation:
+        try:
+            chunk = self._decode(event.data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return self._odd(event)
+        choices = chunk.choices
+        if not choices or chunk.error is not None:
+            return self._without_choice(chunk, event)
+        choice = choices[0]
+        delta = choice.delta
+        if (
+            delta is not None
+            and type(delta.content) is str
+            and delta.content
+            and choice.finish_reason is None
+            and chunk.usage is None
+            and not self._events
+            and choice.index == 0
+        ):
+            return delta.content
+        return self._pieces(chunk)
+
+    def _odd(self, event: sse.Event) -> Translation:
+        """What is no chunk by its type."""
+        data = event.data.strip()
+        if data == b"[DONE]":
+            return _DONE
+        if not data:
+            return None
+        found = pieces.leniently(data)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return _failure(found, event.name) or self._pieces(_chunk(found))
+
+    def _without_choice(self, chunk: _Chunk, event: sse.Event) -> Translation:
+        """A chunk of usage, of nothing at all, or an error."""
+        if chunk.error is None and chunk.choices is not None:
+            return self._pieces(chunk)
+        found = pieces.leniently(event.data)
+        return _failure(found, event.name) or self._pieces(chunk)
+
+    def _pieces(self, chunk: _Chunk) -> Translation:
+        """Everything that a chunk says, the text first."""
+        said: list[Piece] = []
+        wanted = self._events
+        choice = chunk.choices[0] if chunk.choices else None
+        if choice is not None and choice.index == 0:
+            delta = choice.delta or _Delta()
+            reasoning = delta.reasoning_content or delta.reasoning
+            if reasoning and "reasoning" in wanted:
+                said.append(pieces.extra("reasoning", {"content": reasoning}))
+            text = text_of(delta.content) or delta.refusal or choice.text
+            if text:
+                said.append(text)
+            if delta.tool_calls is not None and "tool_calls" in wanted:
+                said.append(pieces.extra_json("tool_calls", bytes(delta.tool_calls)))
+            if choice.finish_reason == "error":
+                said.append(pieces.failure("finish_reason error"))
+            elif choice.finish_reason:
+                if "finish" in wanted:
+                    said.append(pieces.extra("finish", {"reason": choice.finish_reason}))
+                said.append(Finish(choice.finish_reason))
+        usage = chunk.usage or (chunk.x_groq.usage if chunk.x_groq is not None else None)
+        if usage is not None:
+            counted = Usage(pieces.tokens(usage.prompt_tokens), pieces.tokens(usage.completion_tokens))
+            if "usage" in wanted:
+                said.append(pieces.extra("usage", counted._asdict()))
+            said.append(counted)
+        return said[0] if len(said) == 1 else said or None
+
+
+def _medium(attachment: Attachment) -> Part:
+    """An image or a PDF as a part of a message."""
+    if attachment.media_type.startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": data_url(attachment)}}
+    if attachment.media_type == "application/pdf":
+        name = attachment.name if attachment.name.lower().endswith(".pdf") else f"{attachment.name}.pdf"
+        return {"type": "file", "file": {"filename": name, "file_data": data_url(attachment)}}
+    raise BadRequest("bad_attachment", f"attachment {attachment.name}: the API takes no {attachment.media_type}")
+
+
+def _failure(found: dict[str, Any], event_name: str) -> Failure | None:
+    """The error that an event reports, None if it reports none."""
+    error = found.get("error")
+    if error:
+        return pieces.failure_of(error)
+    if event_name == "error" or found.get("object") == "error" or found.get("type") == "error":
+        return pieces.failure(found.get("type"), found.get("code"))
+    return None
+
+
+def _chunk(found: dict[str, Any]) -> _Chunk:
+    """What can be understood of a chunk whose members are not of the types they should be."""
+    choices = found.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    chunk = _Chunk(usage=_usage(found.get("usage")))
+    if choice is not None:
+        delta = choice.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        calls = delta.get("tool_calls")
+        chunk.choices = [
+            _Choice(
+                _Delta(
+                    text_of(delta.get("content")),
+                    text_of(delta.get("reasoning_content")),
+                    text_of(delta.get("reasoning")),
+                    text_of(delta.get("refusal")),
+                    pieces.raw(calls) if calls else None,
+                ),
+                _word(choice.get("finish_reason")),
+                pieces.tokens(choice.get("index")) or 0,
+                text_of(choice.get("text")),
+            )
+        ]
+    return chunk
+
+
+def _usage(found: Any) -> _Usage | None:
+    if not isinstance(found, dict):
+        return None
+    return _Usage(pieces.tokens(found.get("prompt_tokens")), pieces.tokens(found.get("completion_tokens")))
+
+
+def _word(found: Any) -> str | None:
+    return found if isinstance(found, str) else None
