@@ -16,6 +16,9 @@ reload waits, and of several that wait the last counts.
 
 Recycling replaces one worker of the current generation by another of the same: the replacement is ready first.
 
+Whoever dies before it is ready makes its own generation wait before the next birth, and no other: a configuration that
+cannot work holds up neither the one that serves nor the one that is to mend it.
+
 This file decides; it forks nothing and reads no clock. `forkd.supervisor` asks it what is missing, tells it of every
 worker that is ready or dead, and calls `tick`.
 """
@@ -32,6 +35,8 @@ from forkd.settings import Settings, worker_count
 LEAVING_MAX: Final = 2
 DEATHS_MAX: Final = 3
 READY_SECS: Final = 60.0
+BACKOFF_FIRST_SECS: Final = 0.25
+BACKOFF_MAX_SECS: Final = 30.0
 JITTER: Final = 0.25
 """By how much of `max_streams` workers differ, so that they are not all due at once."""
 END_GRACE_SECS: Final = 3.0
@@ -43,15 +48,25 @@ WORKERS_WANTED_MAX: Final = 1024
 class Generation:
     """One configuration. `wanted` is how many workers it is to have."""
 
-    __slots__ = ("deaths", "number", "ready_by", "settings", "wanted")
+    __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "wanted")
 
     def __init__(self, number: int, settings: Settings) -> None:
         self.number = number
         self.settings = settings
         self.wanted = worker_count(settings)
         self.deaths = 0
-        """Of its workers, before they were ready, while it was coming."""
+        """Of its workers, before they were ready."""
         self.ready_by = 0.0
+        self.failures = 0
+        """How many times in a row births came to nothing."""
+        self.next_birth = 0.0
+
+    def back_off(self, now: float) -> None:
+        """Wait before the next birth, twice as long as last time. What fails in one wave is one failure."""
+        if now < self.next_birth:
+            return
+        self.next_birth = now + min(BACKOFF_FIRST_SECS * 2**self.failures, BACKOFF_MAX_SECS)
+        self.failures = min(self.failures + 1, 16)
 
 
 class Generations:
@@ -96,59 +111,64 @@ class Generations:
         self.coming = None
         self._recycled = None
 
-    def resize(self, step: int) -> int:
+    def resize(self, step: int, now: float) -> int:
         """So many workers more or fewer, at least one; returns how many are wanted now."""
         current = self.current
         current.wanted = min(max(1, current.wanted + step), WORKERS_WANTED_MAX)
         if self.coming is not None:
             self.coming.wanted = min(max(1, self.coming.wanted + step), WORKERS_WANTED_MAX)
-        return current.wanted
+        if step < 0:
+            self._recycled = None  # whoever is due will be again, once it is clear how many are to stay
+        self._turn_over_if_ready(now)
+        self._trim(now)
+        return self.current.wanted
 
-    def missing(self) -> Generation | None:
-        """The generation that another worker should be started for; None when all are there."""
-        wanted = self.current.wanted + (self._recycled is not None)
-        if self._count(self.current, Life.STARTING, Life.READY) < wanted:
-            return self.current
-        coming = self.coming
-        if coming is not None and self._count(coming, Life.STARTING, Life.STANDBY) < coming.wanted:
+    def missing(self, now: float) -> Generation | None:
+        """The generation that another worker should be started for now; None when there is none."""
+        current, coming = self.current, self.coming
+        wanted = current.wanted + (self._recycled is not None)
+        if now >= current.next_birth and self._count(current, Life.STARTING, Life.READY) < wanted:
+            return current
+        if (
+            coming is not None
+            and now >= coming.next_birth
+            and self._count(coming, Life.STARTING, Life.STANDBY) < coming.wanted
+        ):
             return coming
         return None
 
     def retire(self, peer: Peer, now: float) -> None:
         """Have one worker drain, in the time that a drain may take."""
+        if peer is self._recycled:
+            self._recycled = None
+        if peer.told is None:
+            peer.deadline = now + self.current.settings.server.drain_timeout_secs
         peer.tell(Down.DRAIN)
-        peer.deadline = now + self.current.settings.server.drain_timeout_secs
-
-    def surplus(self, now: float) -> None:
-        """Retire the least busy worker if the current generation has more than it wants."""
-        serving = [peer for peer in self._peers if peer.generation == self.current.number and _serves(peer)]
-        if len(serving) > self.current.wanted + (self._recycled is not None):
-            self.retire(min(serving, key=lambda peer: peer.active), now)
 
     def ready(self, peer: Peer, now: float) -> None:
         """A worker reported ready, and nobody has told it to go."""
         coming = self.coming
         if coming is not None and peer.generation == coming.number:
+            coming.failures, coming.next_birth = 0, 0.0
             peer.life = Life.STANDBY
-            if self._count(coming, Life.STANDBY) >= coming.wanted:
-                self._turn_over(coming, now)
+            self._turn_over_if_ready(now)
             return
+        self.current.failures, self.current.next_birth = 0, 0.0
         peer.life = Life.READY
-        recycled, self._recycled = self._recycled, None
-        if recycled is not None and recycled is not peer and _serves(recycled):
+        recycled = self._recycled
+        if recycled is not None and recycled is not peer:
             self.retire(recycled, now)
-        else:
-            self._recycled = recycled if recycled is not peer else None
 
     def died(self, peer: Peer, was: Life, now: float) -> None:
         """A worker is dead; it is in `peers` no more."""
         if peer is self._recycled:
             self._recycled = None
-        coming = self.coming
-        if coming is not None and peer.generation == coming.number and was is Life.STARTING:
-            coming.deaths += 1
-            if coming.deaths >= DEATHS_MAX:
-                self._abandon(f"{coming.deaths} of its workers died before they were ready", now)
+        for generation in (self.current, self.coming):
+            if generation is not None and generation.number == peer.generation and was is Life.STARTING:
+                generation.back_off(now)
+                generation.deaths += 1
+                if generation is self.coming and generation.deaths >= DEATHS_MAX:
+                    self._abandon(f"{generation.deaths} of its workers died before they were ready", now)
         self._begin(now)
 
     def tick(self, now: float) -> None:
@@ -165,6 +185,8 @@ class Generations:
                 self._log.warning("worker %d: %d streams did not finish in time: ending them", peer.index, peer.active)
                 peer.tell(Down.STOP)
                 peer.deadline = now + END_GRACE_SECS
+        self._turn_over_if_ready(now)
+        self._trim(now)
         if self._recycled is None and self.coming is None:
             self._recycle()
         self._begin(now)
@@ -183,6 +205,19 @@ class Generations:
         self.coming.ready_by = now + READY_SECS
         self._recycled = None
         self._log.info("generation %d: starting %d workers", self.coming.number, self.coming.wanted)
+
+    def _trim(self, now: float) -> None:
+        """Retire what the current generation has too much of: first those that do not serve yet, then the least
+        busy."""
+        serving = [peer for peer in self._peers if peer.generation == self.current.number and _serves(peer)]
+        serving.sort(key=lambda peer: (peer.life is Life.READY, peer.active))
+        for peer in serving[: max(0, len(serving) - self.current.wanted - (self._recycled is not None))]:
+            self.retire(peer, now)
+
+    def _turn_over_if_ready(self, now: float) -> None:
+        coming = self.coming
+        if coming is not None and self._count(coming, Life.STANDBY) >= coming.wanted:
+            self._turn_over(coming, now)
 
     def _turn_over(self, coming: Generation, now: float) -> None:
         """The coming generation is in charge from here on."""

@@ -8,7 +8,8 @@ that no object of the master's is ever finalised in it.
 A worker's death is seen by its pidfd. Then, in this order: wait for it (now nobody else writes to the board), read its
 channel to the end (reports of finished slots may still lie there), and only then decide about its clients.
 
-A worker that was ready once is replaced at once. Deaths before that are a crash loop, and back off, doubling to 30 s.
+A worker that was ready once is replaced at once. Deaths before that are a crash loop, and back off, doubling to 30 s,
+each generation by itself.
 
 The heartbeat is judged by the master's own ticks, not by the clock: when the whole machine was frozen, nobody is late.
 """
@@ -35,8 +36,6 @@ from forkd.settings import Settings
 TICK_SECS: Final = 0.25
 LATE_SECS: Final = 3.0
 ABORT_GRACE_SECS: Final = 1.0
-BACKOFF_FIRST_SECS: Final = 0.25
-BACKOFF_MAX_SECS: Final = 30.0
 MESSAGES_PER_TURN: Final = 64
 
 Run = Callable[[Boot], None]
@@ -68,8 +67,6 @@ class Supervisor:
         self._run = run
         self._room = bytearray(65536)
         self._ticks = 0
-        self._failures = 0
-        self._next_birth = 0.0
         self._draining = False
         self._stopping = False
         self._killing = False
@@ -91,21 +88,22 @@ class Supervisor:
 
     def maintain(self, now: float) -> None:
         """Start what is missing; called each tick and after each death."""
-        while now >= self._next_birth and (generation := self._missing()) is not None:
+        while (generation := self._missing(now)) is not None:
             try:
                 self._spawn(generation)
             except OSError as error:  # EAGAIN, ENOMEM, EMFILE: the machine is full, not we are broken
                 self._log.error("cannot start a worker: %s", error.strerror)
-                self._backoff(now)
+                generation.back_off(now)
 
-    def _missing(self) -> Generation | None:
+    def _missing(self, now: float) -> Generation | None:
         if self._killing:
             return None
         if not self._draining:
-            return self.generations.missing()
+            return self.generations.missing(now)
         # During a drain a worker is wanted only where clients wait for one: those of a worker that died.
         serving = any(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
-        return self.generations.current if self.dispatcher.queued and not serving else None
+        current = self.generations.current
+        return current if self.dispatcher.queued and not serving and now >= current.next_birth else None
 
     def drain(self) -> None:
         """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown."""
@@ -136,8 +134,8 @@ class Supervisor:
 
     def resize(self, step: int, now: float) -> None:
         """One worker more, or one fewer (the least busy drains), but at least one."""
-        self._log.info("%d workers wanted", self.generations.resize(step))
-        self.generations.surplus(now)
+        self._log.info("%d workers wanted", self.generations.resize(step, now))
+        self.dispatcher.pump()
         self.maintain(now)
 
     def signal_all(self, number: signal.Signals) -> None:
@@ -174,6 +172,7 @@ class Supervisor:
                 self._signal(peer, signal.SIGABRT)  # faulthandler writes all stacks to the log
         if not self._draining:
             self.generations.tick(now)
+            self.dispatcher.pump()
         self._publish()
 
     def _publish(self) -> None:
@@ -299,8 +298,6 @@ class Supervisor:
             if dispatcher.queued:
                 dispatcher.pump()
         elif kind is Up.READY:
-            self._failures = 0
-            self._next_birth = 0.0
             self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
             if peer.life is Life.STARTING:
                 self.generations.ready(peer, time.monotonic())
@@ -345,19 +342,8 @@ class Supervisor:
             self._log.error(
                 "worker %d (pid %d) %s; streams: %s", peer.index, peer.pid, process.how_it_ended(code), what
             )
-        if was is Life.STARTING:
-            self._backoff(now)
-        if not self._draining:
-            self.generations.died(peer, was, now)
+        self.generations.died(peer, was, now)
         self.maintain(now)
-
-    def _backoff(self, now: float) -> None:
-        """Wait before the next birth, twice as long as last time. The deaths of one wave are one failure."""
-        if now < self._next_birth:
-            return
-        delay = min(BACKOFF_FIRST_SECS * 2**self._failures, BACKOFF_MAX_SECS)
-        self._failures = min(self._failures + 1, 16)
-        self._next_birth = now + delay
 
     def _kill(self, peer: Peer) -> None:
         self._signal(peer, signal.SIGKILL)

@@ -16,12 +16,13 @@ from forkd.board import Board, State
 from forkd.boot import Boot
 from forkd.channel import Assignment, Down, Up
 from forkd.dispatcher import Dispatcher
+from forkd.generations import BACKOFF_MAX_SECS
 from forkd.ledger import Ledger
 from forkd.logs import Logs, Sink
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
 from forkd.settings import Server, Settings, Workers
-from forkd.supervisor import BACKOFF_MAX_SECS, LATE_SECS, TICK_SECS, Supervisor
+from forkd.supervisor import LATE_SECS, TICK_SECS, Supervisor
 from tests.harness import wait_for
 
 Run = Callable[[Boot], None]
@@ -165,7 +166,7 @@ def test_deaths_before_ready_back_off_and_a_wave_counts_once(tmp_path: Path) -> 
             delay = next(delay for delay in (0.25 * 2**power for power in range(10)) if births(own, died + delay))
             delays.append(min(delay, BACKOFF_MAX_SECS))
             own.turn_until(lambda: not own.peers, "all are dead")
-            own.supervisor._next_birth = now = 0.0  # as if the time had passed
+            own.supervisor.generations.current.next_birth = now = 0.0  # as if the time had passed
         assert delays == sorted(delays)
         assert delays[0] <= 0.5
         assert delays[-1] == BACKOFF_MAX_SECS
