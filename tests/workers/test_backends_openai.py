@@ -206,7 +206,7 @@ def test_an_event_named_error_is_one() -> None:
     assert PLAIN.translate(event('{"message":"x","code":"overloaded"}', "error")) == Failure(
         "backend_overloaded", "overloaded"
     )
-    assert PLAIN.translate(event('{"type":7}', "error")) == Failure("backend_error", "7")
+    assert PLAIN.translate(event('{"type":7,"code":8}', "error")) == Failure("backend_error", "8")
 
 
 def test_no_message_of_an_error_is_repeated() -> None:

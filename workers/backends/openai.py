@@ -24,7 +24,7 @@ from forkd.settings import OpenAiBackend as Settings
 from workers import sse
 from workers.attachments import Attachment
 from workers.backends import asking, pieces
-from workers.backends.base import BadRequest, Done, Failure, Finish, HttpBackend, Piece, Translation, Usage
+from workers.backends.base import BadRequest, Done, Finish, HttpBackend, Piece, Translation, Usage
 from workers.backends.messages import Part, data_url, messages, text_of
 from workers.request import HandoffData, Request
 from workers.upstream.message import HttpRequest
@@ -37,7 +37,7 @@ class _Delta(msgspec.Struct, gc=False):
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: Any = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -59,8 +59,17 @@ class _Groq(msgspec.Struct, gc=False):
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
     x_groq: _Groq | None = None
+
+
+class _Trouble(msgspec.Struct):
+    """What else an event may be."""
+
+    error: Any = None
+    object: str | None = None
+    type: str | None = None
+    code: str | int | None = None
 
 
 class OpenAiBackend(HttpBackend):
@@ -99,21 +108,21 @@ class OpenAiBackend(HttpBackend):
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._odd(event)
         choices = chunk.choices
-        if not choices or chunk.error is not None:
-            return self._without_choice(chunk, event)
-        choice = choices[0]
-        delta = choice.delta
-        if (
-            delta is not None
-            and type(delta.content) is str
-            and delta.content
-            and choice.finish_reason is None
-            and chunk.usage is None
-            and not self._events
-            and choice.index == 0
-        ):
-            return delta.content
-        return self._pieces(chunk)
+        if choices:
+            choice = choices[0]
+            delta = choice.delta
+            if (
+                delta is not None
+                and type(delta.content) is str
+                and delta.content
+                and choice.finish_reason is None
+                and chunk.usage is None
+                and chunk.error is None
+                and choice.index == 0
+                and (not self._events or (delta.reasoning_content is delta.reasoning is delta.tool_calls is None))
+            ):
+                return delta.content
+        return self._rare(chunk, event)
 
     def _odd(self, event: sse.Event) -> Translation:
         """What is no chunk by its type."""
@@ -122,17 +131,17 @@ class OpenAiBackend(HttpBackend):
             return _DONE
         if not data:
             return None
-        found = pieces.leniently(data)
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return _failure(found, event.name) or self._pieces(_chunk(found))
+        return self._rare(pieces.understood(_Chunk, data), event)
 
-    def _without_choice(self, chunk: _Chunk, event: sse.Event) -> Translation:
-        """A chunk of usage, of nothing at all, or an error."""
-        if chunk.error is None and chunk.choices is not None:
-            return self._pieces(chunk)
-        found = pieces.leniently(event.data)
-        return _failure(found, event.name) or self._pieces(chunk)
+    def _rare(self, chunk: _Chunk, event: sse.Event) -> Translation:
+        """Everything but a piece of text."""
+        if chunk.error or chunk.choices is None:
+            trouble = pieces.understood(_Trouble, event.data)
+            if trouble.error:
+                return pieces.failure_of(trouble.error)
+            if event.name == "error" or trouble.object == "error" or trouble.type == "error":
+                return pieces.failure(trouble.type, trouble.code)
+        return self._pieces(chunk)
 
     def _pieces(self, chunk: _Chunk) -> Translation:
         """Everything that a chunk says, the text first."""
@@ -143,23 +152,23 @@ class OpenAiBackend(HttpBackend):
             delta = choice.delta or _Delta()
             reasoning = delta.reasoning_content or delta.reasoning
             if reasoning and "reasoning" in wanted:
-                said.append(pieces.extra("reasoning", {"content": reasoning}))
+                said.append(pieces.reasoning(reasoning))
             text = text_of(delta.content) or delta.refusal or choice.text
             if text:
                 said.append(text)
             if delta.tool_calls is not None and "tool_calls" in wanted:
-                said.append(pieces.extra_json("tool_calls", bytes(delta.tool_calls)))
+                said.append(pieces.extra("tool_calls", delta.tool_calls))
             if choice.finish_reason == "error":
                 said.append(pieces.failure("finish_reason error"))
             elif choice.finish_reason:
                 if "finish" in wanted:
-                    said.append(pieces.extra("finish", {"reason": choice.finish_reason}))
+                    said.append(pieces.finish(choice.finish_reason))
                 said.append(Finish(choice.finish_reason))
         usage = chunk.usage or (chunk.x_groq.usage if chunk.x_groq is not None else None)
         if usage is not None:
             counted = Usage(pieces.tokens(usage.prompt_tokens), pieces.tokens(usage.completion_tokens))
             if "usage" in wanted:
-                said.append(pieces.extra("usage", counted._asdict()))
+                said.append(pieces.usage(counted))
             said.append(counted)
         return said[0] if len(said) == 1 else said or None
 
@@ -172,49 +181,3 @@ def _medium(attachment: Attachment) -> Part:
         name = attachment.name if attachment.name.lower().endswith(".pdf") else f"{attachment.name}.pdf"
         return {"type": "file", "file": {"filename": name, "file_data": data_url(attachment)}}
     raise BadRequest("bad_attachment", f"attachment {attachment.name}: the API takes no {attachment.media_type}")
-
-
-def _failure(found: dict[str, Any], event_name: str) -> Failure | None:
-    """The error that an event reports, None if it reports none."""
-    error = found.get("error")
-    if error:
-        return pieces.failure_of(error)
-    if event_name == "error" or found.get("object") == "error" or found.get("type") == "error":
-        return pieces.failure(found.get("type"), found.get("code"))
-    return None
-
-
-def _chunk(found: dict[str, Any]) -> _Chunk:
-    """What can be understood of a chunk whose members are not of the types they should be."""
-    choices = found.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
-    chunk = _Chunk(usage=_usage(found.get("usage")))
-    if choice is not None:
-        delta = choice.get("delta")
-        delta = delta if isinstance(delta, dict) else {}
-        calls = delta.get("tool_calls")
-        chunk.choices = [
-            _Choice(
-                _Delta(
-                    text_of(delta.get("content")),
-                    text_of(delta.get("reasoning_content")),
-                    text_of(delta.get("reasoning")),
-                    text_of(delta.get("refusal")),
-                    pieces.raw(calls) if calls else None,
-                ),
-                _word(choice.get("finish_reason")),
-                pieces.tokens(choice.get("index")) or 0,
-                text_of(choice.get("text")),
-            )
-        ]
-    return chunk
-
-
-def _usage(found: Any) -> _Usage | None:
-    if not isinstance(found, dict):
-        return None
-    return _Usage(pieces.tokens(found.get("prompt_tokens")), pieces.tokens(found.get("completion_tokens")))
-
-
-def _word(found: Any) -> str | None:
-    return found if isinstance(found, str) else None

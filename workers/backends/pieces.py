@@ -3,32 +3,66 @@ as it should be.
 """
 
 import json
-from typing import Any, Final
+from typing import Any, Final, TypeVar, get_args, get_origin
 
 import msgspec
 
-from workers.backends.base import Extra, Failure
+from workers.backends.base import Extra, Failure, Usage
 
 MOST_TOKENS: Final = 1 << 40
 _RATE_LIMITED: Final = ("rate_limit", "ratelimit", "rate limit", "too_many_requests", "exhausted", "quota", "429")
 _OVERLOADED: Final = ("overloaded", "unavailable", "capacity", "503", "529")
+T = TypeVar("T", bound=msgspec.Struct)
 _encode = msgspec.json.Encoder().encode
+
+
+def understood(kind: type[T], data: bytes) -> T:
+    """What of an object of JSON fits the type, member by member; the others have their defaults. For what a decoder
+    refused. Raises ValueError if there is no object at all.
+    """
+    try:
+        found = leniently(data)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return _fitting(kind, found)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def leniently(data: bytes) -> Any:
     """JSON as it comes: bytes that are no UTF-8 and halves of surrogate pairs become U+FFFD, as the standard of events
-    decodes them. Raises ValueError if it is none.
+    decodes them. Raises ValueError if it is none, and RecursionError.
     """
     text = data.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        if "\\u" in text:
-            # Halves of pairs are left if they stood alone: UTF-16 has them too, and knows that they are none.
-            plain = json.dumps(found, ensure_ascii=False)
-            found = json.loads(plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    found = json.loads(text)
+    if "\\u" in text:
+        # Halves of pairs are left if they stood alone: UTF-16 has them too, and knows that they are none.
+        plain = json.dumps(found, ensure_ascii=False)
+        found = json.loads(plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return found
+
+
+def _fitting(kind: type[T], found: dict[str, Any]) -> T:
+    values = {}
+    for field in msgspec.structs.fields(kind):
+        if field.name in found and (value := _as(field.type, found[field.name])) is not msgspec.UNSET:
+            values[field.name] = value
+    return kind(**values)
+
+
+def _as(annotation: Any, value: Any) -> Any:
+    """The value as this type; UNSET if nothing of it fits."""
+    try:
+        return msgspec.convert(value, annotation)
+    except (msgspec.ValidationError, OverflowError):
+        pass
+    for kind in get_args(annotation) or (annotation,):
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
+            return _fitting(kind, value)
+        if get_origin(kind) is list and isinstance(value, list):
+            items = (_as(get_args(kind)[0], item) for item in value)
+            return [item for item in items if item is not msgspec.UNSET]
+    return msgspec.UNSET
 
 
 def failure(*names: object) -> Failure:
@@ -60,24 +94,35 @@ def tokens(number: Any) -> int | None:
     return None
 
 
-def raw(found: Any) -> msgspec.Raw:
-    """What was decoded, as JSON again. Raises ValueError."""
+def extra(name: str, data: object) -> Extra:
+    """A further event, with its data as a line of JSON. Raises ValueError."""
     try:
-        return msgspec.Raw(_encode(found))
+        return Extra(name, _encode(data))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def extra(name: str, data: object) -> Extra:
-    """A further event, with its data as a line of JSON."""
-    return Extra(name, _encode(data))
+def reasoning(text: str) -> Extra:
+    """A piece of what the model thinks."""
+    return extra("reasoning", {"content": text})
 
 
-def extra_json(name: str, written: bytes) -> Extra:
-    """A further event whose data is JSON already; a line of it unless it was written in several."""
-    if b"\n" in written or b"\r" in written:
-        try:
-            written = msgspec.json.format(written, indent=-1)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-    return Extra(name, written)
+def usage(counted: Usage) -> Extra:
+    """What is known of the tokens so far."""
+    return extra("usage", {name: number for name, number in counted._asdict().items() if number is not None})
+
+
+def finish(reason: str) -> Extra:
+    """Why the model stopped, in the API's own word."""
+    return extra("finish", {"reason": reason})
+
+
+def tool_call(index: int, arguments: str, name: str | None = None, call_id: str | None = None) -> Extra:
+    """A piece of a tool call, spelled as Chat Completions have it, so that a client need not know the API: `name` and
+    `call_id` come with the first, and the arguments of all that have the same index make one JSON text.
+    """
+    call: dict[str, Any] = {"index": index}
+    if call_id is not None:
+        call |= {"id": call_id, "type": "function"}
+    call["function"] = {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
+    return extra("tool_calls", [call])
