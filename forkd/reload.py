@@ -2,11 +2,13 @@
 
 A file may be large, broken or on a disk that hangs, and none of that is to stop the master or to stay in its memory. So
 a child reads it and sends back what came of it; a child that takes longer than TIMEOUT_SECS is killed. Several requests
-in a row are one: whoever asks while a child is reading gets another reading after it.
+in a row are one: whoever asks while a child is reading gets another reading after it. Should the master be gone, an
+alarm ends the child.
 
 What cannot change while forkd runs keeps its old value (`settle`), and its name is told.
 """
 
+import math
 import os
 import pickle
 import selectors
@@ -56,6 +58,9 @@ def settle(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     if [_fixed(listener) for listener in old.listeners] != [_fixed(listener) for listener in new.listeners]:
         kept.append("listeners")
         sections["listeners"] = old.listeners
+        named = {listener.backend for listener in old.listeners if listener.backend is not None}
+        # Still needed, though the new configuration, which has no such listener, may have no such backend.
+        sections["backends"] = {**{name: old.backends[name] for name in named}, **new.backends}
     return msgspec.structs.replace(new, **sections), kept
 
 
@@ -99,18 +104,21 @@ class Reader:
         if self.pid and now - self._started >= TIMEOUT_SECS:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the pid is its own
 
+    def cancel(self) -> None:
+        """Nobody wants to know any more: end the child and reap it."""
+        self._again = False
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self._bury()
+
     def on_ready(self, _mask: int) -> None:
         """The child wrote something, or is gone."""
         data = os.read(self._pipe, 65536)
         if data:
             self._read += data
             return
-        self._selector.unregister(self._pipe)
-        os.close(self._pipe)
-        _, status = os.waitpid(self.pid, 0)  # it has closed its end, so it is dead or about to be
-        self.pid = 0
+        code = self._bury()  # it has closed its end, so it is dead or about to be
         data, self._read = bytes(self._read), bytearray()
-        code = os.waitstatus_to_exitcode(status)
         if code:
             self._answer([f"the process that reads the configuration {process.how_it_ended(code)}"])
         else:
@@ -118,6 +126,13 @@ class Reader:
         if self._again:
             self._again = False
             self.ask()
+
+    def _bury(self) -> int:
+        self._selector.unregister(self._pipe)
+        os.close(self._pipe)
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
 
     def _start(self) -> None:
         self._pipe, theirs = os.pipe2(os.O_CLOEXEC)
@@ -141,10 +156,15 @@ class Reader:
         code = 1
         try:
             process.close_all_but([pipe])
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            signal.alarm(math.ceil(2 * TIMEOUT_SECS))
             try:
                 outcome: Loaded | list[str] = self._load()
             except ConfigError as error:
                 outcome = error.faults
+            except Exception as error:  # its text is not told: it may quote anything that was read
+                outcome = [f"a bug in forkd keeps it from being read: {type(error).__name__}"]
             with os.fdopen(pipe, "wb") as file:
                 file.write(pickle.dumps(outcome))
             code = 0
