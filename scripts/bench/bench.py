@@ -136,7 +136,7 @@ def rivals_of(args: argparse.Namespace, subject: Forkd) -> list[Rival]:
 def observe(subject: Subject, shape: Shape, load: Path, number: int, runs: int) -> Run:
     """Measure once, and say on stderr what came of it: a whole benchmark takes minutes."""
     run = measure(subject, shape, load)
-    print(f"{number}/{runs}  {subject.name:<32} {run.cpu_us:8.1f} µs per stream, {run.lost} lost", file=sys.stderr)
+    print(f"{number}/{runs}  {subject.name:<44} {run.cpu_us:8.1f} µs per stream, {run.lost} lost", file=sys.stderr)
     return run
 
 

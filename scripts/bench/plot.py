@@ -66,7 +66,7 @@ def _draw_bars(axes: Axes, bars: Sequence[tuple[str, list[Run], str]], name: str
 
 
 def _draw_ttfb(axes: Axes, comparisons: Sequence[Comparison], colours: Sequence[str]) -> None:
-    axes.set_title("time to first byte, ms: p50 and p99 of each run")
+    axes.set_title("time to first byte of each run, ms")
     axes.set_yscale("log")
     labels: list[tuple[float, str]] = []
     for position, (comparison, colour) in enumerate(zip(comparisons, colours, strict=True)):
@@ -89,8 +89,10 @@ def _draw_ttfb(axes: Axes, comparisons: Sequence[Comparison], colours: Sequence[
 
 def _legend(axes: Axes) -> None:
     # Below the panel, where no point can hide behind it.
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = 1 if max(map(len, labels)) > 45 else 2
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns)
 
 
 def _short(comparison: Comparison) -> str:
