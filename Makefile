@@ -12,7 +12,8 @@ help:
 	@echo "make lint            ruff, mypy --strict, the C compiler's warnings"
 	@echo "make bench           forkd beside the physical limit (BENCH_ARGS=..., see scripts/bench/README.md)"
 	@echo "make module          build the Apache module;  make install-module  install and enable it (root)"
-	@echo "make install         install forkd itself into /opt/forkd (root)"
+	@echo "make install         install forkd itself into /opt/forkd, with a service for systemd (root)"
+	@echo "make uninstall       remove it, but for configuration and data (root; PURGE=1: those too)"
 
 demo:
 	@scripts/bootstrap run
@@ -44,8 +45,11 @@ install-module:
 install:
 	@scripts/install
 
+uninstall:
+	@scripts/uninstall
+
 clean:
 	rm -rf build .venv *.egg-info
 	@$(MAKE) -s -C apache clean
 
-.PHONY: help demo demo-apache test lint bench module install-module install clean
+.PHONY: help demo demo-apache test lint bench module install-module install uninstall clean

@@ -752,7 +752,7 @@ def test_the_example_file_is_the_defaults_and_names_every_key(monkeypatch: pytes
     monkeypatch.setattr(pwd, "getpwnam", lambda name: None)
     example_file = ROOT / "etc" / "forkd.yaml"
     loaded = load(str(example_file), {}, {})
-    assert loaded == (Settings(server=Server(socket_group="www-data", user="www-data", group="www-data")), [])
+    assert loaded == (Settings(server=Server(socket_group="www-data", user="forkd")), [])
     text = example_file.read_text()
     missing = [key for key in known_keys() if not re.search(rf"^[# -]*{key.rpartition('.')[2]}:", text, re.MULTILINE)]
     assert missing == []
