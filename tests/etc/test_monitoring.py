@@ -1,10 +1,11 @@
 """Prometheus' and Grafana's files: valid, and about metrics that exist. The alerts themselves: forkd.rules.test.yml.
 
-`promtool` is Debian's package prometheus, which `make test` installs.
+`promtool` comes from Debian's package prometheus; `make test` unpacks it into build/ where it is not installed.
 """
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
@@ -32,8 +33,9 @@ _STRING = re.compile(r'"[^"]*"')
 
 
 def promtool(*arguments: object) -> str:
+    tool = shutil.which("promtool") or str(ROOT / "build" / "promtool" / "promtool")
     done = subprocess.run(
-        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        [tool, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
