@@ -36,7 +36,8 @@ class HandoffData(msgspec.Struct, kw_only=True):
     thread_id: str | None = None
     assistant_id: str | None = None
     stream_mode: str | list[str] | None = None
-    langgraph_input: msgspec.Raw | None = None
+    langgraph_input: msgspec.Raw = msgspec.Raw()
+    """As it was written; nothing, or null, if there is none."""
 
 
 class RequestLine(msgspec.Struct, kw_only=True):

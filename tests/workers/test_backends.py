@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from forkd.settings import PROVIDERS, Settings
 from forkd.settings import MockBackend as MockSettings
 from forkd.settings import OpenAiBackend as OpenAiSettings
-from forkd.settings import Settings
 from forkd.settings import TypingBackend as TypingSettings
 from workers.backends import registry
 from workers.backends.mock import MockBackend
@@ -74,6 +74,11 @@ def test_the_registry_builds_what_it_can() -> None:
     assert isinstance(quick, MockBackend)
     assert list(quick.steps(NOTHING)) == [(0.0, "a "), (0.01, "b"), (0.01, "")]
     assert not quick.costs_money
+
+
+def test_every_provider_has_a_backend() -> None:
+    built = registry.build(Settings())
+    assert list(built) == list(PROVIDERS)
 
 
 def test_typing_takes_no_time_for_a_prompt_of_spaces() -> None:

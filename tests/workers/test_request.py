@@ -78,6 +78,7 @@ def test_good_data() -> None:
     data = {
         "prompt": "a", "messages": [{"role": "user"}], "model": "m", "system": "s", "max_tokens": 5, "temperature": 0.5,
         "user_id": 7, "request_id": "r", "backend": "b", "attachments": {"a": "b"}, "test_pattern": "t", "unknown": 1,
+        "thread_id": "i", "assistant_id": "g", "stream_mode": ["updates"],
     }  # fmt: skip
     raw = json.dumps(data).encode()
     request = parse(raw, envelopes=True)
@@ -85,6 +86,13 @@ def test_good_data() -> None:
     assert request.raw == raw
     for key, value in data.items():
         assert key == "unknown" or getattr(request.data, key) == value
+
+
+def test_an_input_of_the_applications_own_is_kept_as_it_was_written() -> None:
+    for written in (b'{"a": [1,  2]}', b"[]", b'"a"', b"0"):
+        kept = parse(b'{"prompt":"a","langgraph_input":%b}' % written, envelopes=True).data.langgraph_input
+        assert bytes(kept) == written
+    assert bytes(HandoffData().langgraph_input) == b""
 
 
 def test_phps_habits() -> None:

@@ -84,6 +84,8 @@ class HttpBackend(Backend):
 
     repeatable: ClassVar[bool] = True
     """Whether the API may see the same request twice: asked again when it may or may not have taken the first one."""
+    ends_with_body: ClassVar[bool] = False
+    """Whether the API may say that an answer is over by nothing but ending the body in order."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name)

@@ -110,6 +110,16 @@ def text_part(text: str) -> Part:
     return {"type": "text", "text": text}
 
 
+def medium_part(attachment: Attachment) -> Part:
+    """An image or a PDF as a part of a message, as Chat Completions have it, and LangChain too. Raises BadRequest."""
+    if attachment.media_type.startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": data_url(attachment)}}
+    if attachment.media_type == "application/pdf":
+        name = attachment.name if attachment.name.lower().endswith(".pdf") else f"{attachment.name}.pdf"
+        return {"type": "file", "file": {"filename": name, "file_data": data_url(attachment)}}
+    raise BadRequest("bad_attachment", f"attachment {attachment.name}: the API takes no {attachment.media_type}")
+
+
 def text_of(content: Any) -> str:
     """The text of a message's content, or of a chunk of one: a string, or a list of parts of which some have text."""
     if isinstance(content, str):

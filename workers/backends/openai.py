@@ -24,8 +24,8 @@ from forkd.settings import OpenAiBackend as Settings
 from workers import sse
 from workers.attachments import Attachment
 from workers.backends import asking, pieces
-from workers.backends.base import BadRequest, Done, Finish, HttpBackend, Piece, Translation, Usage
-from workers.backends.messages import Part, data_url, messages, text_of
+from workers.backends.base import Done, Finish, HttpBackend, Piece, Translation, Usage
+from workers.backends.messages import medium_part, messages, text_of
 from workers.request import HandoffData, Request
 from workers.upstream.message import HttpRequest
 
@@ -88,7 +88,7 @@ class OpenAiBackend(HttpBackend):
 
     def request(self, handoff: Request, request_id: str, attachments: Mapping[str, Attachment]) -> HttpRequest:
         data, own = handoff.data, self._own
-        conversation = messages(data, attachments, _medium)
+        conversation = messages(data, attachments, medium_part)
         if data.system:
             conversation.insert(0, {"role": "system", "content": data.system})
         body: dict[str, Any] = {
@@ -171,13 +171,3 @@ class OpenAiBackend(HttpBackend):
                 said.append(pieces.usage(counted))
             said.append(counted)
         return said[0] if len(said) == 1 else said or None
-
-
-def _medium(attachment: Attachment) -> Part:
-    """An image or a PDF as a part of a message."""
-    if attachment.media_type.startswith("image/"):
-        return {"type": "image_url", "image_url": {"url": data_url(attachment)}}
-    if attachment.media_type == "application/pdf":
-        name = attachment.name if attachment.name.lower().endswith(".pdf") else f"{attachment.name}.pdf"
-        return {"type": "file", "file": {"filename": name, "file_data": data_url(attachment)}}
-    raise BadRequest("bad_attachment", f"attachment {attachment.name}: the API takes no {attachment.media_type}")

@@ -20,29 +20,30 @@ def understood(kind: type[T], data: bytes) -> T:
     """What of an object of JSON fits the type, member by member; the others have their defaults. For what a decoder
     refused. Raises ValueError if there is no object at all.
     """
-    try:
-        found = leniently(data)
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return _fitting(kind, found)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    found = leniently(data)
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return fitting(kind, found)
 
 
 def leniently(data: bytes) -> Any:
     """JSON as it comes: bytes that are no UTF-8 and halves of surrogate pairs become U+FFFD, as the standard of events
-    decodes them. Raises ValueError if it is none, and RecursionError.
+    decodes them. Raises ValueError if it is none.
     """
     text = data.decode("utf-8", "replace")
-    found = json.loads(text)
-    if "\\u" in text:
-        # Halves of pairs are left if they stood alone: UTF-16 has them too, and knows that they are none.
-        plain = json.dumps(found, ensure_ascii=False)
-        found = json.loads(plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    try:
+        found = json.loads(text)
+        if "\\u" in text:
+            # Halves of pairs are left if they stood alone: UTF-16 has them too, and knows that they are none.
+            plain = json.dumps(found, ensure_ascii=False)
+            found = json.loads(plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     return found
 
 
-def _fitting(kind: type[T], found: dict[str, Any]) -> T:
+def fitting(kind: type[T], found: dict[str, Any]) -> T:
+    """What of an object fits the type, likewise. Raises ValueError."""
     values = {}
     for field in msgspec.structs.fields(kind):
         if field.name in found and (value := _as(field.type, found[field.name])) is not msgspec.UNSET:
@@ -56,9 +57,11 @@ def _as(annotation: Any, value: Any) -> Any:
         return msgspec.convert(value, annotation)
     except (msgspec.ValidationError, OverflowError):
         pass
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     for kind in get_args(annotation) or (annotation,):
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
-            return _fitting(kind, value)
+            return fitting(kind, value)
         if get_origin(kind) is list and isinstance(value, list):
             items = (_as(get_args(kind)[0], item) for item in value)
             return [item for item in items if item is not msgspec.UNSET]
@@ -96,8 +99,17 @@ def tokens(number: Any) -> int | None:
 
 def extra(name: str, data: object) -> Extra:
     """A further event, with its data as a line of JSON. Raises ValueError."""
+    return Extra(name, _encoded(data))
+
+
+def json_of(data: object) -> str:
+    """Data as JSON. Raises ValueError."""
+    return _encoded(data).decode()
+
+
+def _encoded(data: object) -> bytes:
     try:
-        return Extra(name, _encode(data))
+        return _encode(data)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
