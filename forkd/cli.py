@@ -28,6 +28,7 @@ Without any configuration forkd answers with canned text (the mock backend), whi
 EPILOG = """\
 subcommands:
   forkd demo               everything in one command, without Apache: a web page on http://127.0.0.1:8080
+  forkd check              is the configuration good, what became of it, and do the backends answer?
   forkd status             a live table of the master and its workers
                            (each has a --help of its own)
 
@@ -47,7 +48,7 @@ Flags override the environment (DAEMON_*, OPENAI_*), which overrides the file. E
 """
 
 
-SUBCOMMANDS: Final = ("demo", "status")
+SUBCOMMANDS: Final = ("demo", "check", "status")
 """Modules of forkd, whose `main` takes what follows and returns the exit status."""
 
 

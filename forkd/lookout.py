@@ -38,8 +38,10 @@ def holder(path: str) -> int | None:
 
 
 def described(path: str) -> str:
-    """Who listens on `path`, in words; "" if nobody does."""
+    """Who listens on `path`: "forkd (pid 4711)", "forkd", "another program"; "" if nobody does."""
     if not listens(path):
         return ""
     pid = holder(path)
-    return f"forkd (pid {pid})" if pid is not None else "a program"
+    if pid is not None:
+        return f"forkd (pid {pid})"
+    return "forkd" if os.path.lexists(path + ".lock") else "another program"

@@ -161,13 +161,13 @@ class Place:
             )
         socket_path = settings.server.socket_path
         who = lookout.described(socket_path)
-        if who:
+        if who.startswith("forkd"):
             hint = (
                 f"{who} listens on {socket_path}, so it runs without metrics (metrics.enabled: false, --benchmark, the "
                 "port was taken), or serves them elsewhere: its log says where. Give that with --addr"
             )
         else:
-            hint = f"Nothing listens on {socket_path} either: start it with 'forkd{f' -c {path}' if path else ''}'"
+            hint = f"No forkd listens on {socket_path} either: start it with 'forkd{f' -c {path}' if path else ''}'"
             if path is None:
                 hint += ". If it has a configuration file, name it with -c, or its metrics' address with --addr"
         return cls(_reachable(host), port, hint)

@@ -46,5 +46,7 @@ def test_the_lock_tells_the_pid(tmp_path: Path) -> None:
         listener.bind(str(path))
         listener.listen()
         assert described(str(path)) == "forkd (pid 4711)"
+        lock.write_bytes(b"")
+        assert described(str(path)) == "forkd"
         lock.unlink()
-        assert described(str(path)) == "a program"
+        assert described(str(path)) == "another program"

@@ -121,7 +121,7 @@ def test_nobody_there(tmp_path: Path, nowhere: str, capsys: pytest.CaptureFixtur
     assert main(["status", "-c", file, "--once"]) == 3
     error = capsys.readouterr().err
     assert error.startswith(f"forkd status: nothing answers on {nowhere}: forkd is not running there.\n")
-    assert f"Nothing listens on {tmp_path}/forkd.sock either: start it with 'forkd -c {file}'." in error
+    assert f"No forkd listens on {tmp_path}/forkd.sock either: start it with 'forkd -c {file}'." in error
 
 
 def test_a_daemon_without_metrics_is_recognised(
