@@ -27,6 +27,7 @@ from forkd.settings import (
     AnthropicBackend,
     Backend,
     HttpBackend,
+    LangGraphBackend,
     ListenerSettings,
     Secret,
     Settings,
@@ -80,6 +81,7 @@ OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un.sun_path less its NUL: unix(7)
 MAX_KEY_FILE_BYTES: Final = 65_536
+MODES_WITHOUT_TEXT: Final = ("custom", "tasks", "debug", "events")
 
 
 class ConfigError(Exception):
@@ -253,6 +255,8 @@ def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:
             )
     if isinstance(backend, AnthropicBackend) and not re.fullmatch(r"[\w.-]+", backend.api_version, re.ASCII):
         walk.fault(f"{key}.api_version", f"expected a version such as 2023-06-01, got {shown(backend.api_version)}")
+    if isinstance(backend, LangGraphBackend) and backend.format != "raw" and backend.stream_mode in MODES_WITHOUT_TEXT:
+        walk.fault(f"{key}.stream_mode", f"{backend.stream_mode} has no text to take out: it needs format: raw")
     if backend.ca_file is not None and (fault := _ca_fault(backend.ca_file)):
         walk.fault(f"{key}.ca_file", f"{shown(backend.ca_file)}: {fault}")
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import pwd
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -27,6 +28,7 @@ from forkd.convert import REFERENCE_KEYS, known_keys
 from forkd.settings import (
     HANDOFF_KEYS,
     MOCK_TEXT,
+    PROVIDERS,
     AnthropicBackend,
     FileMode,
     HttpBackend,
@@ -43,6 +45,7 @@ from forkd.settings import (
     parse_address,
     worker_count,
 )
+from workers.request import HandoffData
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -328,7 +331,10 @@ logging: {access: perhaps}
             "listeners: [{path: /x, backend: cohere}]",
             'listeners[0].backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
         ),
-        ("default_backend: cohere", 'default_backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"'),
+        (
+            "default_backend: cohere",
+            'default_backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
+        ),
         ("default_backend:", "default_backend: expected a string, got null"),
         ("backends: [mock]", "backends: expected a mapping, got a list"),
         (
@@ -359,6 +365,63 @@ logging: {access: perhaps}
         (
             "backends: {openai: {api_key: a, api_key_file: /b}}",
             "backends.openai.api_key: there is an api_key_file too; write one of them",
+        ),
+        (
+            "backends: {openai: {events: [usage, cost]}}",
+            'backends.openai.events[1]: expected one of finish, reasoning, tool_calls, usage; got "cost"',
+        ),
+        (
+            "backends: {openai: {pass_through: [top_p, stream, prompt]}}",
+            'backends.openai.pass_through[1]: "stream" is forkd\'s own to set or to keep\n'
+            'backends.openai.pass_through[2]: "prompt" is forkd\'s own to set or to keep',
+        ),
+        (
+            "backends: {anthropic: {pass_through: [model]}, langgraph: {pass_through: [config, input]}}",
+            'backends.anthropic.pass_through[0]: "model" is forkd\'s own to set or to keep\n'
+            'backends.langgraph.pass_through[1]: "input" is forkd\'s own to set or to keep',
+        ),
+        (
+            "backends: {openai: {attachment_types: [text/*, pdf, 5]}}",
+            "backends.openai.attachment_types[2]: expected a string, got 5\n"
+            'backends.openai.attachment_types[1]: expected a media type such as image/png, got "pdf"',
+        ),
+        (
+            "backends: {anthropic: {api_version: 'a: b'}}",
+            'backends.anthropic.api_version: expected a version such as 2023-06-01, got "a: b"',
+        ),
+        (
+            "backends: {anthropic: {max_tokens: 0}}",
+            "backends.anthropic.max_tokens: expected a whole number from 1 to 1000000000, got 0",
+        ),
+        (
+            "backends: {langgraph: {stream_mode: tokens}}",
+            "backends.langgraph.stream_mode: expected one of custom, debug, events, messages, messages-tuple, tasks, "
+            'updates, values; got "tokens"',
+        ),
+        (
+            "backends: {langgraph: {stream_mode: custom}, b: {provider: langgraph, stream_mode: debug, format: raw}}",
+            "backends.langgraph.stream_mode: custom has no text to take out: it needs format: raw",
+        ),
+        (
+            "backends: {langgraph: {usage: no}}",
+            "backends.langgraph.usage: unknown key; did you mean backends.openai.usage?",
+        ),
+        ("backends: {openai: {ca_file: /no}}", 'backends.openai.ca_file: "/no": No such file or directory'),
+        ("backends: {openai: {ca_file: /}}", 'backends.openai.ca_file: "/": is not a regular file'),
+        (
+            "backends: {openai: {ca_file: /etc/passwd}}",
+            'backends.openai.ca_file: "/etc/passwd": holds no certificates in PEM',
+        ),
+        ('backends: {openai: {ca_file: "/a\\0"}}', 'backends.openai.ca_file: "/a\\u0000": is not a file name'),
+        ("backends: {openai: {api_key_file: /no}}", 'backends.openai.api_key_file: "/no": No such file or directory'),
+        ("backends: {openai: {api_key_file: /}}", 'backends.openai.api_key_file: "/": is not a regular file'),
+        (
+            "backends: {openai: {api_key_file: /dev/null}}",
+            'backends.openai.api_key_file: "/dev/null": is not a regular file',
+        ),
+        (
+            'backends: {openai: {api_key_file: "/a\\0"}}',
+            'backends.openai.api_key_file: "/a\\u0000": is not a file name',
         ),
         (
             "metrics: {listen_addr: localhost}",
@@ -618,6 +681,61 @@ def test_the_environments_key_wins_over_the_files(load_text: Loader) -> None:
     assert backend.api_key == Secret(SECRET)
 
 
+def test_a_key_in_a_file(load_text: Loader, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    text = (
+        f"backends: {{anthropic: {{api_key_file: {key_file}}}, mine: {{provider: openai, api_key_file: {key_file}}}}}"
+    )
+    for content in (SECRET, f"{SECRET}\n", f" {SECRET}\r\n"):
+        key_file.write_text(content)
+        loaded = load_text(text)
+        for name in ("anthropic", "mine"):
+            assert at(loaded.settings, f"backends.{name}.api_key") == Secret(SECRET)
+            assert at(loaded.settings, f"backends.{name}.api_key_file") == str(key_file)
+        assert SECRET not in repr(loaded)
+    key_file.write_text("sk-another")
+    assert at(load_text(text).settings, "backends.mine.api_key").reveal() == "sk-another", "a reload reads it again"
+    assert at(load_text(text, {"ANTHROPIC_API_KEY": "e"}).settings, "backends.anthropic.api_key") == Secret("e")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (f"{SECRET}ä".encode(), "expected a string of printable ASCII characters, got other characters"),
+        (f"{SECRET}\n{SECRET}".encode(), "expected a string of printable ASCII characters, got other characters"),
+        (SECRET.encode() + b"\xff", "expected a string of printable ASCII characters, got other characters"),
+        (SECRET.encode() * 10_000, "is too large for a key"),
+    ],
+)
+def test_files_without_a_key(load_text: Loader, tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "key").write_bytes(content)
+    text = f"backends: {{mine: {{provider: openai, api_key_file: {tmp_path}/key}}}}"
+    assert faults(lambda: load_text(text)) == [f'backends.mine.api_key_file: "{tmp_path}/key": {why}']
+
+
+def test_a_key_file_that_is_a_fifo_holds_nothing_up(load_text: Loader, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    for key in ("api_key_file", "ca_file"):
+        (fault,) = faults(lambda key=key: load_text(f"backends: {{openai: {{{key}: {tmp_path}/key}}}}"))
+        assert fault == f'backends.openai.{key}: "{tmp_path}/key": is not a regular file'
+
+
+def test_certificates_of_ones_own(load_text: Loader, tmp_path: Path) -> None:
+    system = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
+    if not os.path.exists(system):
+        pytest.skip("this machine has no certificates")
+    settings = load_text(f"backends: {{openai: {{ca_file: {system}}}}}").settings
+    assert at(settings, "backends.openai.ca_file") == system
+
+
+def test_what_pass_through_may_not_name() -> None:
+    assert set(HandoffData.__struct_fields__) == HANDOFF_KEYS
+    for kind in (OpenAiBackend, AnthropicBackend, LangGraphBackend):
+        assert kind.reserved_keys >= HANDOFF_KEYS
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -778,14 +896,30 @@ def renamed_table() -> str:
     return "".join(["| There | Here |\n", "|---|---|\n", *lines])
 
 
+def is_as_for_openai(key: str) -> bool:
+    """Whether another HTTP backend has this key just as openai has it."""
+    for name in ("anthropic", "langgraph"):
+        twin = known_keys().get(key.replace(f"backends.{name}.", "backends.openai."))
+        here = known_keys()[key]
+        if key.startswith(f"backends.{name}.") and twin is not None:
+            return (twin.type, twin.default) == (here.type, here.default)
+    return False
+
+
 def key_tables() -> str:
     variables = {key: variable for variable, key in ENVIRONMENT.items()}
     lines: list[str] = []
     section = None
-    for key, field in sorted(known_keys().items(), key=lambda item: "." in item[0]):  # the top level first
+    sections = ["", *dict.fromkeys(key.rpartition(".")[0] for key in known_keys())]  # the top level first
+    for key, field in sorted(known_keys().items(), key=lambda item: sections.index(item[0].rpartition(".")[0])):
+        if is_as_for_openai(key) and key not in variables:
+            continue
         if (parent := key.rpartition(".")[0]) != section:
             section = parent
             lines += [f"\n### {f'`{section}`' if section else 'The top level'}\n"]
+            if section in ("backends.anthropic", "backends.langgraph"):
+                lacking = set(OpenAiBackend.__struct_fields__) - set(PROVIDERS[section[9:]].__struct_fields__)
+                lines += [f"And every key of `openai` but {' and '.join(f'`{name}`' for name in sorted(lacking))}.\n"]
             lines += ["| Key | Type | Default | Environment | Meaning |", "|---|---|---|---|---|"]
         meaning = next(
             part.description for part in get_args(field.type) if isinstance(part, msgspec.Meta) and part.description
@@ -806,8 +940,8 @@ def default(key: str, field: msgspec.structs.FieldInfo) -> str:
         return "required"
     if isinstance(field.default, FileMode):
         return f'`"{int(field.default):04o}"`'
-    if field.default == ():
-        return "`[]`"
+    if isinstance(field.default, tuple):
+        return f"`[{', '.join(field.default)}]`"
     return f"`{msgspec.json.encode(field.default).decode()}`".replace('"', "")
 
 
