@@ -170,7 +170,10 @@ class Intake:
         metrics: Metrics,
         log: Logger,
         clock: Callable[[], float],
+        *,
+        begun: bool = True,
     ) -> None:
+        """Accepts at once, or with `begun` False when `begin` says so."""
         self.metrics = metrics
         self.log = log
         self.configure(server)
@@ -183,9 +186,15 @@ class Intake:
         self._silent: dict[Sender, None] = {}
         self._idle: set[Sender] = set()
         self.gathered = 0
+        self._begun = begun
         self._paused = True
         self._stopped = False
         self._to_empty: list[Listener] = []
+        self.resume()
+
+    def begin(self) -> None:
+        """Accept from now on. Until then what comes waits in the backlogs, or is for whoever shares them."""
+        self._begun = True
         self.resume()
 
     def configure(self, server: Server) -> None:
@@ -210,7 +219,7 @@ class Intake:
 
     def resume(self) -> None:
         """Accept and read again, if there is room; called each tick."""
-        if not self._paused:
+        if not self._paused or not self._begun:
             return
         if self._fds_left() <= 0:
             self._close_idle()

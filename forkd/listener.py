@@ -35,25 +35,33 @@ class Listener:
     """One bound Unix listener. It owns its socket, its lock and its path until `close`."""
 
     def __init__(
-        self, index: int, settings: ListenerSettings, inherited: socket.socket | None = None, lock: int = -1
+        self,
+        index: int,
+        settings: ListenerSettings,
+        inherited: socket.socket | None = None,
+        lock: int = -1,
+        *,
+        lent: bool = False,
     ) -> None:
-        """Bind, or take over a socket that somebody else bound (`inherited`), with its lock if it has one.
+        """Bind, or share a socket that somebody else bound (`inherited`), with its lock if it has one.
 
-        `index` is its place in `Settings.all_listeners`. Raises ListenError.
+        `index` is its place in `Settings.all_listeners`. `lent`: see there. Raises ListenError.
         """
         self.index = index
         self.shared = inherited is not None
         """Somebody else has, or will have, this socket too: it is never shut down, nor its file removed."""
+        self.lent = lent or (inherited is not None and lock < 0)
+        """It stays somebody else's for good: systemd's, who goes on listening when forkd is gone."""
         self.settings = settings
         self.path = settings.path
         self.type = int(_TYPES[settings.type])
         self.is_stream = settings.type == "stream"
         self._uids = {_user(name) for name in settings.allow_users}
         self._gids = {_group(name) for name in settings.allow_groups}
+        if inherited is not None and inherited.type != self.type:
+            raise ListenError(f"{self.path} is no {settings.type} socket, and only a restart makes it one")
         if inherited is not None and lock >= 0:
             self._lock, self.sock = lock, inherited
-            self.shared = False  # passed on by a master that goes
-            self._note_holder()
             self._inode = os.stat(self.path).st_ino if os.path.exists(self.path) else 0
             return
         directory = os.path.dirname(self.path)
@@ -87,6 +95,11 @@ class Listener:
                 f"{self.path} belongs to another forkd (pid {holder or 'unknown'}); stop it first, or choose another "
                 "path with --socket"
             ) from error
+        self._note_holder()
+
+    def take_over(self) -> None:
+        """Whoever passed this socket on is about to go, or gave it up: from now on it is ours."""
+        self.shared = self.lent
         self._note_holder()
 
     def _note_holder(self) -> None:

@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Final
 
@@ -24,7 +24,7 @@ from forkd.auxiliary import Auxiliary
 from forkd.board import Board
 from forkd.config import Loaded
 from forkd.dispatcher import Dispatcher
-from forkd.generations import END_GRACE_SECS
+from forkd.generations import DEATHS_MAX, END_GRACE_SECS
 from forkd.intake import Intake, Sender
 from forkd.ledger import Ledger
 from forkd.listener import Listener, ListenError
@@ -34,7 +34,7 @@ from forkd.moderation import Moderation
 from forkd.reload import Reader, settle
 from forkd.settings import Server, Settings, worker_count
 from forkd.supervisor import TICK_SECS, Run, Supervisor
-from forkd.upgrade import Heritage, Upgrade
+from forkd.upgrade import SIDES, Heritage, Upgrade
 
 PAUSE_SECS: Final = 0.002
 GAP_SECS: Final = 0.002
@@ -130,6 +130,8 @@ class Master:
         self._second = 0.0
         self._intake: Intake | None = None
         self._handed_over = False
+        self._hurried = False
+        """After that, it was told to stop."""
         self._reported = False
         """Whoever waits for us to be ready was told."""
 
@@ -146,7 +148,7 @@ class Master:
         now = time.monotonic()
         self._supervisor.maintain(now)
         self._publish(now)
-        if self._exposition is not None:
+        if self._exposition is not None and not self._is_heir:
             self._exposition.maintain(now)
         self._intake = Intake(
             self._selector,
@@ -157,10 +159,11 @@ class Master:
             self._metrics,
             self._log,
             time.monotonic,
+            begun=not self._is_heir,
         )
         next_tick = now + TICK_SECS
         moderation = Moderation(PAUSE_SECS, GAP_SECS)
-        while self._stage is Stage.RUNNING or self._supervisor.peers or self._waits():
+        while self._stage is Stage.RUNNING or self._supervisor.peers or self._waits() or self._upgrade.under_way:
             moderation.pause()
             events = self._selector.select(max(0.0, next_tick - time.monotonic()))
             now = time.monotonic()
@@ -198,6 +201,8 @@ class Master:
             if number in (signal.SIGTERM, signal.SIGINT):
                 if self._stage is Stage.RUNNING:
                     self._drain(number)
+                elif self._handed_over and not self._hurried:
+                    self._hurry(number)
                 else:
                     self._stop()
             elif number == signal.SIGQUIT:
@@ -209,7 +214,7 @@ class Master:
                 hangup = True
                 self._log.info("HUP: %d streams in %d workers", self._ledger.count, len(self._supervisor.peers))
                 if self._stage is Stage.RUNNING:
-                    systemd.notify(systemd.reloading())
+                    self._tell_systemd(systemd.reloading())
                     self._reader.ask()
             elif number == signal.SIGUSR2:
                 self._start_upgrade()
@@ -265,25 +270,26 @@ class Master:
 
     def _listen(self) -> list[Listener]:
         """Every listener: inherited, or bound now. What is inherited and not configured (any more) is given up."""
-        inherited = dict(self._heritage.listeners) if self._heritage is not None else self._activated()
+        inherited = dict(self._heritage.listeners if self._heritage is not None else self._activated())
         listeners: list[Listener] = []
         try:
             for index, own in enumerate(self._settings.all_listeners()):
-                fd, lock = inherited.pop(own.path, (-1, -1))
-                listeners.append(Listener(index, own, socket.socket(fileno=fd) if fd >= 0 else None, lock))
+                fd, lock, lent = inherited.pop(own.path, (-1, -1, False))
+                sock = socket.socket(fileno=fd) if fd >= 0 else None
+                listeners.append(Listener(index, own, sock, lock, lent=lent))
         except BaseException:
             for listener in listeners:
-                listener.shared = listener.shared or self._heritage is not None  # the old master goes on with it
                 listener.close()
             raise
-        for path, (fd, lock) in inherited.items():
+        self._given_up = list(inherited)
+        for path, (fd, lock, _) in inherited.items():
             self._log.warning("the socket %s was passed to forkd and is not in its configuration: closed", path)
             os.close(fd)
             if lock >= 0:
                 os.close(lock)
         return listeners
 
-    def _activated(self) -> dict[str, tuple[int, int]]:
+    def _activated(self) -> dict[str, tuple[int, int, bool]]:
         """What systemd listens on for us, by path. Raises ListenError."""
         types = {own.path: own.type for own in self._settings.all_listeners()}
         try:
@@ -293,7 +299,7 @@ class Master:
         for one in passed:
             if types.get(one.path, one.type) != one.type:
                 raise ListenError(f"{one.path} from systemd is a {one.type} socket, the configuration says otherwise")
-        return {one.path: (one.fd, -1) for one in passed}
+        return {one.path: (one.fd, -1, True) for one in passed}
 
     def _make_metrics_dir(self) -> str | None:
         """A directory of this master's own, wiped at its start; after an upgrade, the one of the master before."""
@@ -311,10 +317,13 @@ class Master:
 
     def _bind_metrics(self) -> socket.socket | None:
         """The port that metrics are served on, None if there is to be none or it cannot be had: streams matter more."""
+        inherited = self._heritage.metrics_fd if self._heritage is not None else -1
         if not self._settings.metrics.enabled:
+            if inherited >= 0:
+                os.close(inherited)  # or whoever asks there would wait for ever
             return None
-        if self._heritage is not None and self._heritage.metrics_fd >= 0:
-            return socket.socket(fileno=self._heritage.metrics_fd)
+        if inherited >= 0:
+            return socket.socket(fileno=inherited)
         # Imported late, because prometheus_client is large, and nothing of it is needed without metrics.
         from forkd import exposition  # noqa: PLC0415
 
@@ -364,9 +373,13 @@ class Master:
         self._supervisor.maintain(now)
         self._reader.tick(now)
         self._upgrade.tick(now)
-        if not self._reported and self._supervisor.ready >= self._supervisor.wanted:
-            self._report_ready()
-        if self._exposition is not None:
+        if not self._reported and self._stage is Stage.RUNNING:
+            if self._supervisor.ready >= self._supervisor.wanted:
+                self._report_ready()
+            elif self._is_heir and self._supervisor.generations.current.deaths >= DEATHS_MAX:
+                self._log.error("upgrade: workers of the new master die before they are ready: giving up")
+                self._finish(0)
+        if self._exposition is not None and (self._reported or not self._is_heir):
             self._exposition.maintain(now)
         intake.expire(now)
         intake.resume()
@@ -379,6 +392,7 @@ class Master:
                 if self._stage is Stage.STOPPING:
                     self._dispatcher.give_up_all("shutdown")
                     self._supervisor.kill()
+                    self._upgrade.kill()
                 else:
                     self._log.warning("%d streams did not finish in time: ending them", self._ledger.count)
                     self._stop()
@@ -403,15 +417,11 @@ class Master:
         metrics.gauge("daemon_peak_streams", self._ledger.peak)
         metrics.flush()
         if self._heritage is not None and self._heritage.old_fd >= 0 and _at_end(self._heritage.old_fd):
-            self._log.info("upgrade: the old master is gone")
-            os.close(self._heritage.old_fd)
-            self._heritage = self._heritage._replace(old_fd=-1)
+            self._inherit(self._heritage)
         workers = len(self._supervisor.peers)
         stage = "" if self._stage is Stage.RUNNING else f" {self._stage.value}"
         self._title.show(f"forkd: master [{self._name}]{stage} workers={workers} streams={self._ledger.count}", now)
-        if not self._handed_over:
-            status = f"STATUS={self._stage.value}: {self._ledger.count} streams in {workers} workers"
-            systemd.notify(f"{status}\nWATCHDOG=1")
+        self._tell_systemd(f"STATUS={self._stage.value}: {self._ledger.count} streams in {workers} workers\nWATCHDOG=1")
         self._logs.sink.flush()
 
     def _drain(self, number: signal.Signals) -> None:
@@ -421,11 +431,17 @@ class Master:
             self._upgrade.cancel()
             self._finish(timeout)
 
+    def _hurry(self, number: signal.Signals) -> None:
+        """Told to stop while it finishes what an upgrade left it: as any other, streams have the time of a stop."""
+        self._hurried = True
+        timeout = self._settings.server.shutdown_timeout_secs
+        self._log.info("%s: finishing %d streams, for up to %.0f s", number.name, self._ledger.count, timeout)
+        self._deadline = min(self._deadline, time.monotonic() + timeout)
+
     def _finish(self, timeout: float) -> None:
         """Take nothing new, and go when the last stream has ended."""
         assert self._intake is not None
-        if not self._handed_over:
-            systemd.notify("STOPPING=1")
+        self._tell_systemd("STOPPING=1")
         self._stage = Stage.DRAINING
         self._deadline = time.monotonic() + timeout
         self._intake.stop()
@@ -439,7 +455,7 @@ class Master:
         if self._stage is not Stage.RUNNING:
             return
         if isinstance(outcome, list):
-            systemd.notify("READY=1")
+            self._tell_systemd("READY=1")
             self._log.error("the configuration is not valid; nothing is changed:")
             for fault in outcome:
                 self._log.error("  %s", fault)
@@ -453,7 +469,7 @@ class Master:
 
     def _reloaded(self, settings: Settings, succeeded: bool) -> None:
         """Its workers serve, or never will."""
-        systemd.notify("READY=1")
+        self._tell_systemd("READY=1")
         if not succeeded:
             return
         self._settings = settings
@@ -466,7 +482,9 @@ class Master:
 
     def _start_upgrade(self) -> None:
         why = ""
-        if self._stage is not Stage.RUNNING:
+        if os.getpid() == 1:
+            why = "this master is PID 1, with which the container ends; start another container instead"
+        elif self._stage is not Stage.RUNNING:
             why = "this master is about to go"
         elif self._upgrade.under_way:
             why = "one is under way"
@@ -479,20 +497,18 @@ class Master:
             return
         self._log.info("USR2: upgrading; %d streams", self._ledger.count)
         try:
-            self._upgrade.start(
-                {listener.path: (listener.sock, listener.lock_fd) for listener in self._listeners},
-                self._metrics_listener,
-                self._metrics_dir,
-                self._side,
-            )
+            self._upgrade.start(self._listeners, self._metrics_listener, self._metrics_dir, self._side)
         except OSError as error:
             self._upgrade_failed(f"cannot start a new master: {error.strerror}")
 
     def _upgrade_failed(self, why: str) -> None:
-        self._log.error("the upgrade failed: %s; going on as before", why)
+        if self._stage is Stage.RUNNING:
+            self._log.error("the upgrade failed: %s; going on as before", why)
+        else:
+            self._log.info("the upgrade was called off: %s", why)
 
-    def _hand_over(self, pid: int) -> None:
-        """The new master is ready: it has all that is new, we finish what is old."""
+    def _hand_over(self, pid: int, given_up: list[str]) -> None:
+        """The new master is ready: it has all that is new, we finish what is old, and the listeners it gave up."""
         if self._stage is not Stage.RUNNING:
             return
         timeout = self._settings.server.drain_timeout_secs
@@ -504,7 +520,7 @@ class Master:
         )
         self._handed_over = True
         for listener in self._listeners:
-            listener.shared = True
+            listener.shared = listener.lent or listener.path not in given_up
         if self._exposition is not None:
             self._exposition.stop()
             self._exposition = None
@@ -518,9 +534,34 @@ class Master:
         self._reported = True
         state = {"READY": 1, "STATUS": "ready"}
         if self._heritage is not None:
-            upgrade.tell_ready(self._heritage)
+            assert self._intake is not None
+            for listener in self._listeners:
+                listener.take_over()
+            self._intake.begin()
+            upgrade.tell_ready(self._heritage, self._given_up)
             state["MAINPID"] = os.getpid()
-        systemd.notify(state)
+        self._tell_systemd(state)
+
+    def _tell_systemd(self, state: str | Mapping[str, object]) -> None:
+        """Speak for the service, if we are its main process: not before we took over, nor after we handed over."""
+        if not self._handed_over and (self._reported or not self._is_heir):
+            systemd.notify(state)
+
+    @property
+    def _is_heir(self) -> bool:
+        """Born by an upgrade. Until such a one has reported ready, all that it has is still the old master's, too."""
+        return self._heritage is not None
+
+    def _inherit(self, heritage: Heritage) -> None:
+        """The old master is gone, in order or not: tidy up after it."""
+        self._log.info("upgrade: the old master is gone")
+        os.close(heritage.old_fd)
+        self._heritage = heritage._replace(old_fd=-1)
+        if heritage.metrics_dir is not None:
+            if self._metrics_dir is None:
+                shutil.rmtree(heritage.metrics_dir, ignore_errors=True)
+            else:
+                upgrade.clear_gauges(heritage.metrics_dir, SIDES[1 - SIDES.index(heritage.side)])
 
     def _stop(self) -> None:
         if self._stage is Stage.STOPPING:
@@ -540,6 +581,7 @@ class Master:
             self._exposition.signal(signal.SIGUSR1)
 
     def _leave(self) -> int:
+        self._reader.cancel()
         self._dispatcher.give_up_all("shutdown")
         self._supervisor.close()
         if self._exposition is not None:
@@ -547,13 +589,14 @@ class Master:
         for gauge in ("daemon_active_connections", "daemon_active_streams"):
             self._metrics.gauge(gauge, 0)  # in files that a successor goes on with
         self._metrics.flush()
-        if self._metrics_dir is not None and not self._handed_over:
+        fallen_through = self._is_heir and not self._reported
+        if self._metrics_dir is not None and not self._handed_over and not fallen_through:
             shutil.rmtree(self._metrics_dir, ignore_errors=True)
         if self._benchmark:
             self._print_summary()
         self._log.info("forkd stopped")
         self._logs.sink.flush()
-        return 0
+        return 1 if fallen_through else 0
 
     def _print_summary(self) -> None:
         """The reference's summary, on standard output."""

@@ -44,7 +44,7 @@ class Desk:
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     metrics: Metrics = field(default_factory=lambda: Metrics(None, "test"))
 
-    def open(self, **server: Any) -> "Desk":
+    def open(self, *, begun: bool = True, **server: Any) -> "Desk":
         kinds: list[Any] = ["seqpacket", "stream"]
         self.listeners = [
             Listener(index, ListenerSettings(path=str(self.directory / kind), type=kind))
@@ -59,6 +59,7 @@ class Desk:
             self.metrics,
             logging.getLogger("test"),
             lambda: self.now,
+            begun=begun,
         )
         return self
 
@@ -413,3 +414,35 @@ def test_a_stop_without_room_waits_for_some(desk: Desk, null: int) -> None:
         desk.settle()
     assert desk.payloads() == [b"unaccepted", b"stream"]
     assert desk.intake.stopped
+
+
+def test_before_it_begins_all_that_comes_waits(tmp_path: Path, null: int) -> None:
+    desk = Desk(tmp_path).open(begun=False)
+    for kind in ("seqpacket", "stream"):
+        with desk.connect(kind) as sender:
+            send(sender, b"early", null)
+    for _ in range(3):
+        desk.settle()
+        desk.intake.resume()
+        desk.intake.expire(1000)
+    assert desk.delivered == []
+    desk.intake.begin()
+    desk.settle()
+    assert desk.payloads() == [b"early"] * 2
+    desk.close()
+
+
+def test_one_that_never_began_leaves_what_waits_to_whoever_shares_it(tmp_path: Path, null: int) -> None:
+    desk = Desk(tmp_path).open(begun=False)
+    others = [listener.sock.dup() for listener in desk.listeners]
+    for listener in desk.listeners:
+        listener.shared = True
+    with desk.connect() as sender:
+        send(sender, b"early", null)
+    desk.close()
+    assert desk.delivered == []
+    accepted, _ = others[0].accept()
+    assert accepted.recv(100) == b"early"
+    desk.connect("stream").close()
+    for sock in (accepted, *others):
+        sock.close()

@@ -192,3 +192,58 @@ def test_refusing_connections_keeps_those_that_wait(path: Path) -> None:
         with pytest.raises(BlockingIOError):
             listener.sock.accept()
     listener.close()
+
+
+def passed_on(path: Path, **more: Any) -> tuple[Listener, Listener]:
+    """A listener, and the same as the master of an upgrade has it: other fds, one socket, one lock."""
+    old = Listener(0, settings(path))
+    return old, Listener(0, settings(path, **more), old.sock.dup(), os.dup(old.lock_fd))
+
+
+def test_a_master_that_has_not_taken_over_harms_nothing_by_leaving(path: Path) -> None:
+    old, new = passed_on(path)
+    assert new.shared
+    new.close()
+    connect(path).close()
+    with pytest.raises(ListenError, match="belongs to another forkd"):
+        Listener(1, settings(path))
+    old.close()
+    assert not path.exists()
+
+
+def test_a_master_that_took_over_owns_the_path(path: Path) -> None:
+    old, new = passed_on(path)
+    Path(f"{path}.lock").write_text("12345\n")
+    new.take_over()
+    assert not new.shared
+    assert Path(f"{path}.lock").read_text() == f"{os.getpid()}\n"
+    old.shared = True
+    old.close()
+    connect(path).close()
+    new.refuse_connections()
+    new.close()
+    assert not path.exists()
+
+
+def test_a_socket_of_systemd_stays_systemds_over_an_upgrade(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as systemds:
+        systemds.bind(str(path))
+        systemds.listen()
+        old = Listener(0, settings(path), systemds.dup())
+        assert old.shared
+        assert old.lent
+        new = Listener(0, settings(path), old.sock.dup(), os.dup(old.lock_fd), lent=old.lent)
+        old.close()
+        new.take_over()
+        assert new.shared
+        new.close()
+        connect(path).close()
+
+
+def test_a_socket_does_not_change_its_type_by_being_passed_on(path: Path) -> None:
+    old = Listener(0, settings(path))
+    copy = old.sock.dup()
+    with pytest.raises(ListenError, match="is no stream socket, and only a restart makes it one"):
+        Listener(0, settings(path, type="stream"), copy, old.lock_fd)
+    copy.close()
+    old.close()
