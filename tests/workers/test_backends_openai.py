@@ -451,6 +451,16 @@ def test_a_name_stands_for_its_file_once() -> None:
     assert content({"prompt": "{a}{b}"}, "a", "b") == "{b}{a}", "what was put in is not looked through"
 
 
+def test_large_texts() -> None:
+    large = 'Grüße "\n☕\0' * 200_000
+    for prompt, filled in (("{x}", large), ("a {x} b", f"a {large} b"), ("a", f"a\n\n{large}")):
+        request = PLAIN.request(handoff_of({"prompt": prompt}), "r", attached(("x", "text/plain", large.encode())))
+        assert json.loads(request.body)["messages"][0]["content"] == filled
+    files = attached(("x", "text/plain", large.encode()), ("y", "image/png", b"y"))
+    request = PLAIN.request(handoff_of({"prompt": "a"}), "r", files)
+    assert json.loads(request.body)["messages"][0]["content"][0]["text"] == f"a\n\n{large}"
+
+
 def test_names_are_no_patterns() -> None:
     assert content({"prompt": "{a.b} {axb}"}, "a.b") == f"{NOTES} {{axb}}"
 

@@ -7,9 +7,10 @@ through for more.
 """
 
 import binascii
+import codecs
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -24,7 +25,9 @@ Medium: TypeAlias = Callable[[Attachment], Part]
 """Makes the part of a message that carries an attachment which is no text. Raises BadRequest if the API takes none."""
 
 _PIECE_BYTES: Final = 3 << 16
+"""What is done in one go; a multiple of three, for base64."""
 _WAY_SECS: Final = 0.0001
+_encode = msgspec.json.Encoder().encode
 
 
 def messages(data: HandoffData, attachments: Mapping[str, Attachment], medium: Medium) -> list[Message]:
@@ -53,7 +56,7 @@ def _checked(message: Any) -> Message:
     return message
 
 
-def _filled(content: Any, attachments: Mapping[str, Attachment], medium: Medium) -> str | list[Any]:
+def _filled(content: Any, attachments: Mapping[str, Attachment], medium: Medium) -> str | msgspec.Raw | list[Any]:
     """The content of a message with the attachments in it: a string if all of it is text."""
     left = dict(attachments)
     names = re.compile("{(" + "|".join(map(re.escape, left)) + ")}")
@@ -66,12 +69,13 @@ def _filled(content: Any, attachments: Mapping[str, Attachment], medium: Medium)
     for attachment in left.values():
         if attachment.is_text:
             separator = "\n\n" if parts and _is_text(parts[-1]) and parts[-1]["text"] else ""
-            _add_text(parts, separator + attachment.data.decode(errors="replace"))
+            _add_text(parts, separator + _text(attachment))
         else:
             parts.append(medium(attachment))
     if isinstance(content, list) or not all(map(_is_text, parts)):
-        return [part for part in parts if not (_is_text(part) and part["text"] == "")]
-    return "".join(part["text"] for part in parts)
+        filled = [part for part in parts if not (_is_text(part) and part["text"] == "")]
+        return [{**part, "text": _in_json(part["text"])} if _is_text(part) else part for part in filled]
+    return _in_json("".join(part["text"] for part in parts))
 
 
 def _expanded(part: Part, names: re.Pattern[str], left: dict[str, Attachment], medium: Medium) -> list[Part]:
@@ -85,7 +89,7 @@ def _expanded(part: Part, names: re.Pattern[str], left: dict[str, Attachment], m
         _add_text(parts, text[start : match.start()])
         start = match.end()
         if attachment.is_text:
-            _add_text(parts, attachment.data.decode(errors="replace"))
+            _add_text(parts, _text(attachment))
         else:
             parts.append(medium(attachment))
     if not parts:
@@ -130,19 +134,35 @@ def text_of(content: Any) -> str:
     return "".join(text for text in texts if text)
 
 
-def in_base64(attachment: Attachment, prefix: str = "") -> msgspec.Raw:
-    """The attachment as a string of JSON that needs no further look, `prefix` (plain characters) before it.
-
-    Megabytes of it would keep the GIL for tens of milliseconds, so this gives way in between.
-    """
+def _text(attachment: Attachment) -> str:
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     view = memoryview(attachment.data)
-    pieces = [b'"', prefix.encode("ascii")]
-    for start in range(0, len(view), _PIECE_BYTES):
-        if start:
+    return "".join([decode(view[at : at + _PIECE_BYTES]) for at in _steps(len(view))]) + decode(b"", final=True)
+
+
+def _in_json(text: str) -> str | msgspec.Raw:
+    """A text as it is, or if it is large as the JSON that it makes."""
+    if len(text) <= _PIECE_BYTES:
+        return text
+    pieces = [_encode(text[at : at + _PIECE_BYTES])[1:-1] for at in _steps(len(text))]
+    return msgspec.Raw(b"".join([b'"', *pieces, b'"']))
+
+
+def _steps(size: int) -> Iterator[int]:
+    """The beginnings of the pieces to do something large in. Without a pause in between, the loop would have to wait
+    for as long as the whole takes: it shares the GIL.
+    """
+    for at in range(0, size, _PIECE_BYTES):
+        if at:
             time.sleep(_WAY_SECS)
-        pieces.append(binascii.b2a_base64(view[start : start + _PIECE_BYTES], newline=False))
-    pieces.append(b'"')
-    return msgspec.Raw(b"".join(pieces))
+        yield at
+
+
+def in_base64(attachment: Attachment, prefix: str = "") -> msgspec.Raw:
+    """The attachment as a string of JSON that needs no further look, `prefix` (plain characters) before it."""
+    view = memoryview(attachment.data)
+    pieces = [binascii.b2a_base64(view[at : at + _PIECE_BYTES], newline=False) for at in _steps(len(view))]
+    return msgspec.Raw(b"".join([b'"', prefix.encode("ascii"), *pieces, b'"']))
 
 
 def data_url(attachment: Attachment) -> msgspec.Raw:
