@@ -106,17 +106,23 @@ class Supervisor:
         return current if self.dispatcher.queued and not serving and now >= current.next_birth else None
 
     def drain(self) -> None:
-        """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown."""
+        """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown.
+
+        Those that never had a client have nothing to finish, and might never be ready to hear it.
+        """
         self._draining = True
         self.generations.forget()
         if not self.dispatcher.queued:
             for peer in self.peers:
+                if peer.life in (Life.STARTING, Life.STANDBY):
+                    peer.unwanted = True
+                    self._kill(peer)
                 peer.tell(Down.STOP if self._stopping else Down.DRAIN)
 
     def stop(self) -> None:
         """Have every worker end its streams now."""
-        self._draining = self._stopping = True
-        self.generations.forget()
+        self._stopping = True
+        self.drain()
         for peer in self.peers:
             peer.tell(Down.STOP)
 

@@ -5,13 +5,15 @@ A prompt of the form ACT@WHERE makes the worker that streams it do ACT. WHERE is
 (0: as soon as the backend is asked); or `write`: instead of the stream's first write, `written`: right after it,
 `done`: right after the write that ends the answer. Any other prompt is answered as always, and `flood` without end.
 
-While the file named by FORKD_TEST_BROKEN exists, workers die before they are ready.
+While the file named by FORKD_TEST_BROKEN exists, workers die before they are ready; while that of FORKD_TEST_HUNG does,
+they do not get ready.
 """
 
 import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -95,6 +97,9 @@ def build(name: str, own: MockSettings) -> MisbehavingBackend:
     broken = os.environ.get("FORKD_TEST_BROKEN")
     if broken and os.path.exists(broken):
         os._exit(7)
+    hung = os.environ.get("FORKD_TEST_HUNG")
+    while hung and os.path.exists(hung):
+        time.sleep(0.01)
     return MisbehavingBackend(name, own.text, own.token_delay_ms / 1000)
 
 

@@ -340,3 +340,17 @@ def test_a_message_is_told_again_with_each_tick(tmp_path: Path) -> None:
 
         own.turn_until(ticked, "it was told and has gone")
         assert "is silent for" not in own.log.read_text()
+
+
+def test_a_worker_that_does_not_get_ready_does_not_hold_up_a_stop(tmp_path: Path) -> None:
+    def hang(boot: Boot) -> None:
+        boot.channel.setblocking(True)
+        while True:
+            signal.pause()
+
+    with house(tmp_path, hang) as own:
+        own.supervisor.maintain(time.monotonic())
+        assert own.peers
+        own.supervisor.drain()
+        own.turn_until(lambda: not own.peers, "it is gone")
+        assert "was killed" not in own.log.read_text()  # nothing to report: nobody lost anything

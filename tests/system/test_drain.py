@@ -258,7 +258,6 @@ def test_hup_tells_how_many_streams_there_are(tmp_path: Path) -> None:
         os.kill(forkd.pid, signal.SIGHUP)
         wait_for(lambda: "5 streams in 2 workers" in forkd.log(), "it says so")
         assert fates(read_answers(clients)) == {"complete": 5}
-        assert len(ready_pids(forkd)) == 2
 
 
 def test_usr1_reopens_the_log_in_every_process(tmp_path: Path) -> None:
