@@ -359,6 +359,7 @@ class Master:
             stage=self._stage.value,
             generation=self._supervisor.generations.current.number,
             ready=self._supervisor.ready,
+            wanted=self._supervisor.wanted,
             streams=ledger.count,
             queued=queued,
             peak=ledger.peak,

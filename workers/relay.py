@@ -56,7 +56,7 @@ _NO_STREAM: Final = ("text/html", "application/json", "text/xml", "application/x
 
 
 class _ErrorBody(msgspec.Struct):
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
     type: str | None = None
 
 
@@ -331,7 +331,7 @@ class RelaySource:
         self._attempt += 1
         self._refusal = None
         self._note_retry(code, detail)
-        context.loop.after(to_ticks(pause), self)
+        context.loop.after(to_ticks(pause) + 1, self)  # not a moment too early
         return True
 
     def _note_retry(self, code: str, detail: str) -> None:
@@ -432,6 +432,7 @@ class RelaySource:
         if stream is None:
             return
         context.metrics.count("forkd_backend_errors_total", self._backend.name, code)
+        context.metrics.count("daemon_backend_errors_total", self._backend.name)
         context.log.warning("stream %s: backend %s: %s: %s", stream.request_id, self._backend.name, code, detail)
         stream.fail(code, retry_after)
 
@@ -478,7 +479,7 @@ def _named(refusal: bytes) -> str:
     """The API's own name for an error. Never its message, which may quote the key or the prompt."""
     try:
         body = msgspec.json.decode(refusal, type=_ErrorBody)
-        error = msgspec.json.decode(body.error, type=_Error) if body.error is not None else _Error(type=body.type)
+        error = msgspec.json.decode(body.error, type=_Error | None) or _Error(type=body.type)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return ""
     names = [_plain(str(name)) for name in (error.type, error.code) if name]

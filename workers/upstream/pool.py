@@ -138,10 +138,10 @@ class Pool:
             )
             self._unready.add(connection)
             return
-        if not self._protocol:  # TLS has told: one connection for each from now on
-            self._protocol = "http/1.1"
-            self._dial()
+        told, self._protocol = not self._protocol, "http/1.1"
         self.idle(Http1(self._loop, self, transport, origin.authority, origin.base_path))
+        if told:  # by TLS: from now on one connection for each
+            self._dial()
 
     def failed(self, dial: "_Dial", failure: Failure) -> None:
         """There will be none. Those it was for are told."""
