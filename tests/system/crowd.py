@@ -17,6 +17,7 @@ WHOLE = "Hello! I am forkd's mock backend. Each of these words comes to you as i
 BACKENDS = {
     "mock": {"provider": "mock", "token_delay_ms": 10},
     "slow": {"provider": "mock", "token_delay_ms": 200},
+    "steady": {"provider": "mock", "token_delay_ms": 40},
     "fast": {"provider": "mock", "token_delay_ms": 0},
     "still": {"provider": "mock", "token_delay_ms": 3_600_000},  # one word, then silence
 }
