@@ -12,9 +12,11 @@ Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to t
 which ends its own stream, and the loop goes on.
 """
 
+import select
 import selectors
 import time
 from heapq import heappop, heappush
+from selectors import EVENT_READ, EVENT_WRITE
 from typing import Final, Protocol
 
 from forkd.moderation import Moderation
@@ -25,6 +27,35 @@ PAUSE_SECS: Final = 0.001
 GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
+
+
+EVENTS_MAX: Final = 512
+"""Taken in by one select. The rest is not lost: epoll(7) brings it next time, and those that were served last."""
+_IN: Final = int(select.EPOLLIN)
+_OUT: Final = int(select.EPOLLOUT)
+
+
+class Selector(selectors.EpollSelector):
+    """An EpollSelector for tens of thousands of fds. The library's own makes room for all of them at each select."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """The keys that are ready, and for what."""
+        try:
+            found = self._selector.poll(-1 if timeout is None else timeout, EVENTS_MAX)  # type: ignore[attr-defined]
+        except InterruptedError:
+            return []
+        keys = self._fd_to_key  # type: ignore[attr-defined]
+        ready = []
+        for fd, event in found:
+            key = keys.get(fd)
+            if key is None:
+                continue
+            if event == _IN:
+                ready.append((key, EVENT_READ))
+            else:  # a hang-up or an error is found out by reading, or by writing
+                mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
+                ready.append((key, mask & key.events))
+        return ready
 
 
 class Timed(Protocol):
@@ -53,7 +84,7 @@ class Loop:
     __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "selector")
 
     def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector = Selector()
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
         self._moderation = Moderation(PAUSE_SECS, GAP_SECS)

@@ -76,7 +76,6 @@ class RelaySource:
         "_exchange",
         "_files",
         "_finished",
-        "_first_at",
         "_handoff",
         "_heard_at",
         "_last_at",
@@ -88,7 +87,6 @@ class RelaySource:
         "_retry_after",
         "_status",
         "_stream",
-        "_texts",
         "_usage",
         "model",
     )
@@ -111,12 +109,11 @@ class RelaySource:
         self._retry_after = 0.0
         self._finished = False
         self._paused = False
-        self._texts = 0
         self._usage: Usage | None = None
         now = context.loop.now
         self._deadline = now + backend.settings.first_byte_timeout_secs
         self._heard_at = now
-        self._first_at = self._last_at = 0.0
+        self._last_at = 0.0
 
     # The stream's.
 
@@ -198,7 +195,7 @@ class RelaySource:
         stream.model = self.model
         if usage is not None:
             stream.input_tokens, stream.output_tokens = usage
-        self._account(stream.started_at)
+        self._account(stream)
 
     def check(self, now: float) -> float:
         """Look at the deadlines; how soon to come again, in seconds."""
@@ -239,7 +236,7 @@ class RelaySource:
             return
         context = self._context
         context.words[context.current] = stream.slot + 1
-        self._heard_at = context.loop.now
+        now = self._heard_at = context.loop.now
         parser = self._parser
         if parser is None:
             self._refused_body(data)
@@ -260,7 +257,9 @@ class RelaySource:
             if raw:
                 stream.event(event.raw)
             if type(piece) is str:
-                self._text(stream, piece, raw)
+                self._last_at = now
+                if piece and not raw:
+                    stream.text(piece)
             elif piece is not None:
                 self._rare(stream, piece, raw)
             if self._stream is None:
@@ -274,7 +273,7 @@ class RelaySource:
             return
         if self._parser is None:
             self._refused()
-        elif self._finished:
+        elif self._finished or self._backend.ends_with_body:
             self._done(stream)
         else:
             self._fail("backend_truncated", "the answer ended without its end")
@@ -378,11 +377,7 @@ class RelaySource:
     # An answer.
 
     def _text(self, stream: "Stream", text: str, raw: bool) -> None:
-        now = self._context.loop.now
-        if not self._texts:
-            self._first_at = now
-        self._texts += 1
-        self._last_at = now
+        self._last_at = self._context.loop.now
         if not raw and text:
             stream.text(text)
 
@@ -436,21 +431,20 @@ class RelaySource:
         context.log.warning("stream %s: backend %s: %s: %s", stream.request_id, self._backend.name, code, detail)
         stream.fail(code, retry_after)
 
-    def _account(self, started_at: float) -> None:
-        context, usage = self._context, self._usage
-        name = self._backend.name
-        label = self._backend.label(self.model)
-        metrics = context.metrics
-        if self._texts:
-            metrics.observe("forkd_backend_time_to_first_token_seconds", self._first_at - started_at, name, label)
+    def _account(self, stream: "Stream") -> None:
+        metrics, usage = self._context.metrics, self._usage
+        name, label = self._backend.name, self._backend.label(self.model)
+        first_at = stream.first_at
+        if first_at:
+            metrics.observe("forkd_backend_time_to_first_token_seconds", first_at - stream.started_at, name, label)
         if usage is None:
             return
         if usage.input_tokens:
             metrics.count("forkd_tokens_total", name, label, "input", amount=usage.input_tokens)
         if usage.output_tokens:
             metrics.count("forkd_tokens_total", name, label, "output", amount=usage.output_tokens)
-            if usage.output_tokens > 1 and self._last_at > self._first_at:
-                between = (self._last_at - self._first_at) / (usage.output_tokens - 1)
+            if usage.output_tokens > 1 and self._last_at > first_at > 0:
+                between = (self._last_at - first_at) / (usage.output_tokens - 1)
                 metrics.observe("forkd_backend_time_per_output_token_seconds", between, name, label)
 
 

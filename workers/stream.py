@@ -57,12 +57,12 @@ class Stream:
         "_context",
         "_encode",
         "_fields",
-        "_first_at",
         "_method",
         "_paused",
         "attempt",
         "backend",
         "chunks",
+        "first_at",
         "input_tokens",
         "model",
         "outcome",
@@ -96,7 +96,7 @@ class Stream:
         self.input_tokens: int | None = None
         self.output_tokens: int | None = None
         self._encode: Callable[[str], bytes] = sse.content_event
-        self._first_at = 0.0
+        self.first_at = 0.0
         self._paused = False
         self._fields = request.fields
         self._method = request.line.method
@@ -134,8 +134,8 @@ class Stream:
         if self.outcome:
             return
         self.chunks += 1
-        if not self._first_at:
-            self._first_at = self._context.loop.now
+        if not self.first_at:
+            self.first_at = self._context.loop.now
         if not self.status:
             self._open(event)
             return
@@ -319,7 +319,7 @@ class Stream:
         code = self.outcome
         sent = self._client.sent
         duration = now - self.started_at
-        ttfb = self._first_at - self.started_at if self._first_at else -1.0
+        ttfb = self.first_at - self.started_at if self.first_at else -1.0
         backend = self.backend.name if self.backend is not None else ""
         context.metrics.stream_ended(backend, sent, self.chunks, duration, ttfb)
         context.sent_bytes += sent

@@ -140,11 +140,11 @@ class Http1:
         if exchange is None or parser is None:
             self._close()
             return
-        if not self._answered or self._fields is not None:
-            self._head_bytes += len(data)
-            self._answered = True
+        in_head = not self._answered or self._fields is not None
         try:
             parser.feed_data(data)
+            if not in_head and self._exchange is exchange:  # a piece of the body
+                return
         except httptools.HttpParserUpgrade:
             self._fail("backend_garbled", "it wants another protocol")
         except httptools.HttpParserError as error:
@@ -154,6 +154,9 @@ class Http1:
             elif self._transport.fd >= 0:
                 self._close()
             return
+        self._answered = True
+        if in_head:
+            self._head_bytes += len(data)
         if self._head_bytes > HEAD_MAX_BYTES and self._fields is not None:
             self._fail("backend_head_too_large", f"the head has more than {HEAD_MAX_BYTES} bytes")
         elif self._exchange is None and self._transport.fd >= 0:

@@ -19,6 +19,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from os import read
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Final, NamedTuple, Protocol
 
@@ -120,10 +121,24 @@ class Transport:
 
     def on_ready(self, mask: int) -> None:
         """Called by the loop."""
-        if self.fd < 0:
+        fd = self.fd
+        if fd < 0:
             return
         if self._connecting and self._tls is None:
             self._connect_ended()
+            return
+        if mask == EVENT_READ and self._tls is None:  # nearly always, over HTTP/1.1
+            try:
+                data = read(fd, READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._broke(error)
+                return
+            if data:
+                self.owner.received(data)
+            else:
+                self._ended()
             return
         if mask & EVENT_WRITE:
             self._flush()
@@ -260,7 +275,7 @@ class Transport:
 
     def _read(self) -> None:
         try:
-            data = os.read(self.fd, READ_BYTES)
+            data = read(self.fd, READ_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
@@ -268,10 +283,7 @@ class Transport:
             return
         tls = self._tls
         if not data:
-            if self._connecting:
-                self._try_next("it closed the connection")
-            else:
-                self._lost("", "it closed the connection")
+            self._ended()
         elif tls is None:
             self.owner.received(data)
         else:
@@ -280,6 +292,13 @@ class Transport:
                 self._shake_hands()
             else:
                 self._decrypt()
+
+    def _ended(self) -> None:
+        """The upstream closed its side."""
+        if self._connecting:
+            self._try_next("it closed the connection")
+        else:
+            self._lost("", "it closed the connection")
 
     def _decrypt(self) -> None:
         """Give the owner what is whole by now, in one piece."""
