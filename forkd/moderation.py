@@ -27,10 +27,10 @@ class Moderation:
         self._quick = 0
         self._woken_at = 0.0
 
-    def pause(self) -> None:
-        """Wait a moment if the loop is busy."""
+    def pause(self, secs: float | None = None) -> None:
+        """Wait a moment if the loop is busy: `pause_secs`, or `secs`."""
         if self._quick >= BUSY_AFTER:
-            time.sleep(self._pause_secs)
+            time.sleep(self._pause_secs if secs is None else secs)
 
     def woken(self, now: float) -> None:
         """The loop woke up (monotonic seconds)."""

@@ -135,7 +135,9 @@ class Client:
             self._context.loop.selector.unregister(fd)
         self.fd = -1
         os.close(fd)
-        self._owner.client_closed()
+        owner = self._owner
+        del self._owner  # who holds us, too: left in a circle, thousands would wait for the garbage collector
+        owner.client_closed()
 
     def on_ready(self, mask: int) -> None:
         """Called by the loop."""

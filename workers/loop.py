@@ -23,7 +23,8 @@ from forkd.moderation import Moderation
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
-PAUSE_SECS: Final = 0.001
+PAUSE_SECS: Final = 0.002
+SHORT_PAUSE_SECS: Final = 0.0005
 GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
@@ -81,7 +82,7 @@ class Ready(Protocol):
 class Loop:
     """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn."""
 
-    __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "selector")
+    __slots__ = ("_buckets", "_due", "_moderation", "at", "hurry", "now", "selector")
 
     def __init__(self) -> None:
         self.selector: selectors.BaseSelector = Selector()
@@ -90,6 +91,8 @@ class Loop:
         self._moderation = Moderation(PAUSE_SECS, GAP_SECS)
         self.now = time.monotonic()
         self.at = int(self.now * TICKS_PER_SEC)
+        self.hurry = False
+        """Something was asked for that may be answered at once: make the next pause a short one."""
 
     def after(self, ticks: int, timed: Timed) -> None:
         """Call `timed.tick` after so many ticks, at least one."""
@@ -104,7 +107,11 @@ class Loop:
     def turn(self) -> None:
         """Wait for the next event or deadline, and serve all that is there."""
         due = self._due
-        self._moderation.pause()
+        if self.hurry:
+            self.hurry = False
+            self._moderation.pause(SHORT_PAUSE_SECS)
+        else:
+            self._moderation.pause()
         timeout = LONGEST_SLEEP_SECS
         if due:
             timeout = min(timeout, max(0.0, due[0] * TICK_SECS - time.monotonic()))

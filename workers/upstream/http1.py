@@ -11,6 +11,7 @@ and calls the `on_...` methods; what they leave behind says how the connection m
 An answer's head is bounded here (the parser has no bound), its body by whoever takes it.
 """
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import httptools
@@ -51,8 +52,10 @@ class Http1:
         "_authority",
         "_base_path",
         "_exchange",
+        "_feed",
         "_fields",
         "_head_bytes",
+        "_in_body",
         "_keep",
         "_loop",
         "_owner",
@@ -71,6 +74,9 @@ class Http1:
         self._base_path = base_path
         self._exchange: Exchange | None = None
         self._parser: httptools.HttpResponseParser | None = None
+        self._feed: Callable[[bytes], None] | None = None
+        """The parser's `feed_data` while there is an exchange."""
+        self._in_body = False
         self._fields: dict[str, str] | None = None
         self._head_bytes = 0
         self._answered = False
@@ -93,6 +99,7 @@ class Http1:
         self._uses += 1
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data
         self._transport.write(head(request, self._authority, self._base_path) + request.body)
 
     def pause(self, _exchange: Exchange) -> None:
@@ -121,8 +128,13 @@ class Http1:
 
     def close(self) -> None:
         """Close an idle connection; nothing is told."""
-        self._parser = None  # holds our bound methods: a circle
+        self._let_go()
         self._transport.close()
+
+    def _let_go(self) -> None:
+        """Of the parser, which holds our bound methods: a circle."""
+        self._parser = self._feed = None
+        self._in_body = False
 
     def _close(self) -> None:
         self._exchange = None
@@ -136,31 +148,33 @@ class Http1:
 
     def received(self, data: bytes) -> None:
         """Bytes of the answer."""
-        exchange, parser = self._exchange, self._parser
-        if exchange is None or parser is None:
+        feed = self._feed
+        if feed is None:
             self._close()
             return
-        in_head = not self._answered or self._fields is not None
+        in_body = self._in_body
         try:
-            parser.feed_data(data)
-            if not in_head and self._exchange is exchange:  # a piece of the body
-                return
-        except httptools.HttpParserUpgrade:
-            self._fail("backend_garbled", "it wants another protocol")
-        except httptools.HttpParserError as error:
-            # A message that ended before the fault is whole: its length was a lie, and the connection is closed.
-            if self._exchange is not None:
-                self._fail("backend_garbled", f"HTTP/1.1: {error}")
-            elif self._transport.fd >= 0:
-                self._close()
+            feed(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._faulty(error)
+            return
+        if in_body and self._in_body:  # nearly always
             return
         self._answered = True
-        if in_head:
+        if not in_body:
             self._head_bytes += len(data)
         if self._head_bytes > HEAD_MAX_BYTES and self._fields is not None:
             self._fail("backend_head_too_large", f"the head has more than {HEAD_MAX_BYTES} bytes")
         elif self._exchange is None and self._transport.fd >= 0:
             self._ended()
+
+    def _faulty(self, error: Exception) -> None:
+        """A message that ended before the fault is whole: its length was a lie, and the connection is closed."""
+        if self._exchange is not None:
+            upgrade = isinstance(error, httptools.HttpParserUpgrade)
+            self._fail("backend_garbled", "it wants another protocol" if upgrade else f"HTTP/1.1: {error}")
+        elif self._transport.fd >= 0:
+            self._close()
 
     def lost(self, code: str, detail: str) -> None:
         """The transport is closed."""
@@ -170,7 +184,7 @@ class Http1:
             self._complete(exchange)
             exchange = None
         self._exchange = None
-        self._parser = None
+        self._let_go()
         self._owner.closed(self)
         if exchange is not None:
             stale = self._uses > 1 and not self._answered
@@ -205,6 +219,7 @@ class Http1:
         if status < 200:
             return
         exchange.status = status
+        self._in_body = True
         self._to_eof = "content-length" not in fields and "transfer-encoding" not in fields
         try:
             exchange.receiver.response(status, fields)
@@ -225,7 +240,8 @@ class Http1:
         exchange, parser = self._exchange, self._parser
         if exchange is None or parser is None or not exchange.status:
             return
-        self._exchange = None
+        self._exchange = self._feed = None
+        self._in_body = False
         self._keep = parser.should_keep_alive()
         self._complete(exchange)
 

@@ -21,6 +21,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from os import read
 from selectors import EVENT_READ, EVENT_WRITE
+from socket import SocketType
 from typing import Final, NamedTuple, Protocol
 
 from workers.loop import Loop, to_ticks
@@ -28,6 +29,9 @@ from workers.upstream.dns import Address
 
 READ_BYTES: Final = 65536
 _TLS_READ_BYTES: Final = 16384  # no record holds more: RFC 8446, 5.1
+_STREAM: Final = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+_CONNECT_AGAIN: Final = {errno.EALREADY: errno.EINPROGRESS, errno.EISCONN: 0}
+"""What a second connect(2) says, in the words of the first."""
 _BACKLOG_FULL: Final = errno.EAGAIN  # what connect says of a Unix socket whose backlog is full: unix(7)
 
 
@@ -57,6 +61,7 @@ class Transport:
         "_connecting",
         "_events",
         "_loop",
+        "_plain",
         "_reached",
         "_reading",
         "_route",
@@ -75,13 +80,15 @@ class Transport:
         self._events = 0
         self._reading = True
         self._connecting = True
+        self._plain = False
+        """Connected, and not under TLS."""
         self._attempt = 0
         self._route: Route | None = None
         self._tls: _Tls | None = None
         self._unsent: bytearray | None = None
 
     def open(self, route: Route) -> None:
-        """Connect. The outcome is told later, never from within this call."""
+        """Connect. A failure is told later, never from within this call; a success may be told at once."""
         self._route = route
         self._try("there is no address")
 
@@ -110,6 +117,8 @@ class Transport:
     def close(self) -> None:
         """Close now, saying nothing to the owner."""
         fd, self.fd = self.fd, -1
+        self.owner = _NOBODY  # who owns us, too: left in a circle, thousands would wait for the garbage collector
+        self._plain = False
         self._route = None
         self._tls = None  # holds the session, which holds the buffers: megabytes over thousands of connections
         self._unsent = None
@@ -121,15 +130,9 @@ class Transport:
 
     def on_ready(self, mask: int) -> None:
         """Called by the loop."""
-        fd = self.fd
-        if fd < 0:
-            return
-        if self._connecting and self._tls is None:
-            self._connect_ended()
-            return
-        if mask == EVENT_READ and self._tls is None:  # nearly always, over HTTP/1.1
+        if mask == EVENT_READ and self._plain:  # nearly always, over HTTP/1.1
             try:
-                data = read(fd, READ_BYTES)
+                data = read(self.fd, READ_BYTES)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -139,6 +142,11 @@ class Transport:
                 self.owner.received(data)
             else:
                 self._ended()
+            return
+        if self.fd < 0:
+            return
+        if self._connecting and self._tls is None:
+            self._connect_ended()
             return
         if mask & EVENT_WRITE:
             self._flush()
@@ -158,7 +166,7 @@ class Transport:
         while self._attempt < len(route.addresses):
             address = route.addresses[self._attempt]
             try:
-                sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+                sock = SocketType(address.family, _STREAM, 0)
             except OSError as error:  # no fds left, or a family that this machine does not have
                 fault = error.strerror or str(error)
                 self._attempt += 1
@@ -167,12 +175,17 @@ class Transport:
                 if address.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 code = sock.connect_ex(address.sockaddr)
+                if code == errno.EINPROGRESS:
+                    # To this machine itself the handshake is over by now, and there is no need to wait for word of it.
+                    code = _CONNECT_AGAIN.get(again := sock.connect_ex(address.sockaddr), again)
             except OSError as error:
                 code = error.errno or errno.EINVAL
             if code in (0, errno.EINPROGRESS, _BACKLOG_FULL):
                 self.fd = sock.detach()
-                deadline = _Deadline(self, self._attempt)
-                self._loop.after(to_ticks(route.connect_secs), deadline)
+                if code == 0 and route.tls is None:
+                    self._established("")
+                    return
+                self._loop.after(to_ticks(route.connect_secs), _Deadline(self, self._attempt))
                 if code == _BACKLOG_FULL:
                     self._loop.after(1, _Again(self, self._attempt))
                 else:
@@ -185,7 +198,9 @@ class Transport:
 
     def _connect_ended(self) -> None:
         """The kernel has an outcome: connect(2)."""
-        sock = socket.socket(fileno=self.fd)
+        route = self._route
+        assert route is not None
+        sock = SocketType(route.addresses[self._attempt].family, _STREAM, 0, self.fd)
         try:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         finally:
@@ -193,8 +208,6 @@ class Transport:
         if code:
             self._try_next(os.strerror(code))
             return
-        route = self._route
-        assert route is not None
         if route.tls is None:
             self._established("")
             return
@@ -230,9 +243,9 @@ class Transport:
             self._try_next("no answer in time")
 
     def _try_next(self, fault: str) -> None:
-        route = self._route
+        route, owner = self._route, self.owner
         self.close()
-        self._route = route
+        self._route, self.owner = route, owner
         self._attempt += 1
         self._try(fault)
 
@@ -242,6 +255,7 @@ class Transport:
         if self._reached is not None:
             self._reached(route.addresses[self._attempt])
         self._connecting = False
+        self._plain = self._tls is None
         self._route = None
         self._watch()
         self.owner.connected(protocol)
@@ -400,13 +414,26 @@ class Transport:
             self._lost("backend_reset", detail)
 
     def _lost(self, code: str, detail: str) -> None:
+        owner = self.owner
         self.close()
-        self.owner.lost(code, detail)
+        owner.lost(code, detail)
 
     def give_up(self, code: str, detail: str) -> None:
         """No address is left, or writing failed; `_Lost` calls this."""
         if self.fd >= 0 or self._route is not None:
             self._lost(code, detail)
+
+
+class _Nobody:
+    """The owner of a closed connection."""
+
+    def connected(self, protocol: str) -> None: ...
+    def received(self, data: bytes) -> None: ...
+    def lost(self, code: str, detail: str) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
+_NOBODY: Final = _Nobody()
 
 
 class _Tls:
