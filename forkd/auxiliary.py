@@ -121,6 +121,7 @@ class Auxiliary:
             process.close_all_but([lifeline, self._logs.sink.fd, *self._keep()])
             self._logs.rename(self._name)
             gc.freeze()  # a collection would unshare every page that was inherited
+            gc.enable()  # nobody here knows better times for it
             self._run(lifeline)
             code = 0
         except BaseException:

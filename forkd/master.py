@@ -144,7 +144,7 @@ class Master:
             self._supervisor.wanted,
             self._ledger.capacity,
         )
-        process.settle_memory()
+        self._collector = process.Collector()
         now = time.monotonic()
         self._supervisor.maintain(now)
         self._publish(now)
@@ -399,6 +399,7 @@ class Master:
             self._each_second(now)
 
     def _each_second(self, now: float) -> None:
+        self._collector.tidy(now, idle=not self._ledger.count)
         forgotten = self._ledger.sweep()
         if forgotten:
             self._log.warning("%d payloads forgotten: too many bytes wait for their streams to begin", forgotten)

@@ -17,6 +17,7 @@ from typing import Final
 import setproctitle
 
 TITLE_INTERVAL_SECS: Final = 1.0
+COLLECT_SECS: Final = 60.0
 
 
 def raise_open_files_limit(wanted: int) -> int:
@@ -36,13 +37,29 @@ def raise_open_files_limit(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
-def settle_memory() -> None:
-    """After start-up: what is there stays (gc.freeze, so that a collection does not unshare pages after a fork), and
-    collections become rare: thousands of live streams are traversed in vain, since nothing here makes cycles on
-    purpose."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+class Collector:
+    """Garbage collection at times of our choosing: whenever there is nothing to do, else once in COLLECT_SECS.
+
+    Python's own comes after so many new objects, in the middle of the rush that made them, and goes through all of
+    them in vain, since nothing here makes cycles on purpose: tens of milliseconds in which no stream moves.
+    """
+
+    def __init__(self) -> None:
+        """What is there stays: gc.freeze, so that a collection does not unshare pages after a fork."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        self._collected = 0.0
+        self._dirty = False
+
+    def tidy(self, now: float, *, idle: bool) -> None:
+        """Called about once a second."""
+        if not idle:
+            self._dirty = True
+        if self._dirty and (idle or now - self._collected >= COLLECT_SECS):
+            self._dirty = not idle
+            self._collected = now
+            gc.collect(2 if idle else 0)
 
 
 def drop_privileges(user: str | int | None, group: str | int | None, own_fds: Iterable[int] = ()) -> None:

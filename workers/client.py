@@ -1,7 +1,7 @@
 """The client's socket: write, backpressure, disconnect, end.
 
 Theory of operation. A Client owns its fd from its making until `closed`, which is called exactly once, and tells its
-owner four things: `client_drained` (all that was held back is written), `client_gone` (it disconnected, or broke),
+owner five things: `client_slow` (something queued had to be held back), `client_drained` (all that was is written), `client_gone` (it disconnected, or broke),
 `client_closed` (the fd is closed; nothing more will come). Its life:
 
     OPEN      written to at once; what the kernel does not take is held, and then everything behind it is, in order
@@ -33,6 +33,8 @@ from forkd.board import State
 from workers.context import Context
 
 DISCARD_BYTES: Final = 65536
+QUEUE_BYTES: Final = 16384
+"""More than this does not wait for the turn's end."""
 LINGER_MAX_TICKS: Final = 16
 LINGER_READS: Final = 16
 """Of DISCARD_BYTES, each tick: a client still sending megabytes is to get to the end of them, and to what it was
@@ -50,6 +52,7 @@ _ENDED: Final = int(State.ENDED)
 class Owner(Protocol):
     """Who is told about a client."""
 
+    def client_slow(self) -> None: ...
     def client_drained(self) -> None: ...
     def client_gone(self, code: str) -> None: ...
     def client_closed(self) -> None: ...
@@ -66,6 +69,7 @@ class Client:
         "_events",
         "_linger_until",
         "_owner",
+        "_queued",
         "_wait_ticks",
         "fd",
         "held",
@@ -80,6 +84,7 @@ class Client:
         self.fd = fd
         self.slot = slot
         self.held: bytearray | None = None
+        self._queued: bytes | None = None
         self.sent = 0
         self.progress_at = context.loop.now
         self._discarded = 0
@@ -92,6 +97,9 @@ class Client:
 
     def write(self, data: bytes) -> None:
         """Send whole events (or a head), now if the kernel takes them, else as soon as it does."""
+        if self._queued is not None:
+            data = self._queued + data
+            self._queued = None
         if self.held is not None:
             self.held += data
             return
@@ -113,6 +121,23 @@ class Client:
                 self._context.states[self.slot] = _PARTIAL
             self._watch()
 
+    def queue(self, event: bytes) -> None:
+        """Send a whole event at the end of this turn, together with all that is queued until then."""
+        if self._queued is None:
+            self._queued = event
+            self._context.loop.queued.append(self)
+        else:
+            self._queued += event
+            if len(self._queued) > QUEUE_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, now."""
+        if self._queued is not None:
+            self.write(b"")
+            if self.held is not None:
+                self._owner.client_slow()
+
     def stalled_secs(self, now: float) -> float:
         """For how long the client has taken nothing of what is held for it; 0 when nothing is."""
         return now - self.progress_at if self.held is not None else 0.0
@@ -130,7 +155,7 @@ class Client:
         if fd < 0:
             return
         self._context.states[self.slot] = _ENDED
-        self.held = None
+        self.held = self._queued = None
         if self._events:
             self._context.loop.selector.unregister(fd)
         self.fd = -1

@@ -8,6 +8,10 @@ go out in batches: adding is an append, expiring is a walk over a list, and the 
 deadlines. Nothing is ever cancelled: whoever no longer cares returns at once when its callback comes up. Deadlines far
 away therefore re-check every second or two rather than pin a dead object until they are due.
 
+Writing: what a turn has for its clients may be gathered (`queued`) and go out at the turn's end, one after the other.
+Between two writes that follow each other at once, neither the kernel's nor the interpreter's code leaves the caches, and
+whoever reads them is woken once and not for each.
+
 Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to the object that raised it (`crashed`),
 which ends its own stream, and the loop goes on.
 """
@@ -24,7 +28,6 @@ from forkd.moderation import Moderation
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
 PAUSE_SECS: Final = 0.002
-SHORT_PAUSE_SECS: Final = 0.0005
 GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
@@ -69,6 +72,16 @@ class Timed(Protocol):
         """`tick`, or `on_ready`, raised `error`."""
 
 
+class Queued(Protocol):
+    """What may be put into `Loop.queued`."""
+
+    def flush(self) -> None:
+        """The turn is at its end."""
+
+    def crashed(self, error: Exception) -> None:
+        """`flush` raised `error`."""
+
+
 class Ready(Protocol):
     """What may be registered with the loop's selector, as the key's data."""
 
@@ -80,19 +93,20 @@ class Ready(Protocol):
 
 
 class Loop:
-    """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn."""
+    """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn. `queued` is what is
+    to be flushed at its end.
+    """
 
-    __slots__ = ("_buckets", "_due", "_moderation", "at", "hurry", "now", "selector")
+    __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "queued", "selector")
 
     def __init__(self) -> None:
         self.selector: selectors.BaseSelector = Selector()
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
         self._moderation = Moderation(PAUSE_SECS, GAP_SECS)
+        self.queued: list[Queued] = []
         self.now = time.monotonic()
         self.at = int(self.now * TICKS_PER_SEC)
-        self.hurry = False
-        """Something was asked for that may be answered at once: make the next pause a short one."""
 
     def after(self, ticks: int, timed: Timed) -> None:
         """Call `timed.tick` after so many ticks, at least one."""
@@ -107,11 +121,7 @@ class Loop:
     def turn(self) -> None:
         """Wait for the next event or deadline, and serve all that is there."""
         due = self._due
-        if self.hurry:
-            self.hurry = False
-            self._moderation.pause(SHORT_PAUSE_SECS)
-        else:
-            self._moderation.pause()
+        self._moderation.pause()
         timeout = LONGEST_SLEEP_SECS
         if due:
             timeout = min(timeout, max(0.0, due[0] * TICK_SECS - time.monotonic()))
@@ -133,6 +143,13 @@ class Loop:
                 except Exception as error:
                     timed.crashed(error)
         self.at = at
+        if self.queued:
+            queued, self.queued = self.queued, []
+            for one in queued:
+                try:
+                    one.flush()
+                except Exception as error:
+                    one.crashed(error)
 
 
 def to_ticks(secs: float) -> int:

@@ -85,6 +85,7 @@ class Worker:
         self._reception = Reception(self._context)
         self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
         self._title = process.Title()
+        self._collector = process.Collector()
         self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
         self._draining = False
@@ -206,6 +207,7 @@ class Worker:
         """Once a second: what need not be exact."""
         context = self._context
         live = len(context.streams)
+        self._collector.tidy(self._loop.now, idle=not live)
         self._row.store_streams(live)
         self._store_totals()
         self._row.store_figures(self._measure.take(context.started, context.streams))
@@ -257,7 +259,6 @@ def run(boot: Boot) -> None:
     """The child's main function: everything between the fork and the exit. The master's fds are closed already."""
     signals = process.Signals(_HANDLED, _IGNORED)
     faulthandler.enable(file=boot.logs.sink.fd, all_threads=True)
-    process.settle_memory()
     boot.logs.rename(f"worker {boot.index}")
     process.restore_signals(set())
     started = time.monotonic()

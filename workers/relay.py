@@ -318,7 +318,6 @@ class RelaySource:
         self._status = 0
         self._refusal = None
         self._exchange = self._pool.ask(request, self, fresh=fresh)
-        self._context.loop.hurry = True
 
     def _again(self, code: str, detail: str, after: float) -> bool:
         """Try again after so many seconds (0: as long as seems good); False if there is no attempt or time left."""

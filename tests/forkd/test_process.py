@@ -140,14 +140,25 @@ def test_blocked_signals_come_after_all() -> None:
     assert in_a_child(act) == "([], ['SIGUSR1'])"
 
 
-def test_settled_memory_is_left_alone_by_the_collector() -> None:
+def test_garbage_is_collected_when_there_is_time() -> None:
     def act() -> object:
         import gc  # noqa: PLC0415
 
-        process.settle_memory()
-        return gc.get_freeze_count() > 1000, gc.get_threshold()[0] >= 10_000, gc.isenabled()
+        collector = process.Collector()
+        collections: list[int] = []
+        gc.callbacks.append(lambda phase, info: collections.append(info["generation"]) if phase == "start" else None)
+        waste: list[object] = []
+        for _ in range(200_000):
+            waste.append([])
+        frozen = gc.get_freeze_count() > 1000
+        for second in range(1, 62):
+            collector.tidy(second, idle=False)
+        busy = list(collections)
+        for second in range(62, 70):
+            collector.tidy(second, idle=True)
+        return frozen, busy, collections[len(busy) :]
 
-    assert in_a_child(act) == "(True, True, True)"
+    assert in_a_child(act) == "(True, [0], [2])"
 
 
 def test_usage_is_what_ps_says() -> None:
