@@ -79,12 +79,18 @@ class Generations:
         log: Logger,
         kill: Callable[[Peer], None],
         changed: Callable[[Settings, bool], None],
+        births_at_once: int = WORKERS_WANTED_MAX,
     ) -> None:
-        """`kill` sends SIGKILL. `changed` is told of the settings in force after a reload, and whether it succeeded."""
+        """`kill` sends SIGKILL. `changed` is told of the settings in force after a reload, and whether it succeeded.
+
+        `births_at_once`: of the coming generation so many start at a time. Nobody waits for them, and whoever starts
+        takes the CPU from streams.
+        """
         self._peers = peers
         self._log = log
         self._kill = kill
         self._changed = changed
+        self._births_at_once = births_at_once
         self._last = 1
         self._asked: Settings | None = None
         self._recycled: Peer | None = None
@@ -132,6 +138,7 @@ class Generations:
         if (
             coming is not None
             and now >= coming.next_birth
+            and self._count(coming, Life.STARTING) < self._births_at_once
             and self._count(coming, Life.STARTING, Life.STANDBY) < coming.wanted
         ):
             return coming

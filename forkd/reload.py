@@ -25,6 +25,8 @@ from forkd.config import ConfigError, Loaded
 from forkd.settings import ListenerSettings, Settings
 
 TIMEOUT_SECS: Final = 30.0
+NICENESS: Final = 19
+"""Nobody waits for the child, so it is to leave the CPU to those who stream."""
 
 FIXED: Final[dict[str, tuple[str, ...]]] = {
     "server": (
@@ -83,6 +85,7 @@ class Reader:
         self._load = load
         self._answer = answer
         self._pipe = -1
+        self._pidfd = -1
         self._started = 0.0
         self._read = bytearray()
         self._again = False
@@ -112,12 +115,21 @@ class Reader:
             self._bury()
 
     def on_ready(self, _mask: int) -> None:
-        """The child wrote something, or is gone."""
-        data = os.read(self._pipe, 65536)
-        if data:
-            self._read += data
-            return
-        code = self._bury()  # it has closed its end, so it is dead or about to be
+        """The child wrote something, has closed its end, or is dead."""
+        if self._pidfd < 0:
+            if data := os.read(self._pipe, 65536):
+                self._read += data
+                return
+            # It is about to die, but to wait for that would keep everyone waiting: it has all its memory to give back.
+            self._close_pipe()
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                pass
+            else:
+                self._selector.register(self._pidfd, selectors.EVENT_READ, self)
+                return
+        code = self._bury()
         data, self._read = bytes(self._read), bytearray()
         if code:
             self._answer([f"the process that reads the configuration {process.how_it_ended(code)}"])
@@ -127,9 +139,18 @@ class Reader:
             self._again = False
             self.ask()
 
-    def _bury(self) -> int:
+    def _close_pipe(self) -> None:
         self._selector.unregister(self._pipe)
         os.close(self._pipe)
+        self._pipe = -1
+
+    def _bury(self) -> int:
+        if self._pipe >= 0:
+            self._close_pipe()
+        if self._pidfd >= 0:
+            self._selector.unregister(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
@@ -143,6 +164,7 @@ class Reader:
                 self._child(theirs)
         except BaseException:
             os.close(self._pipe)
+            self._pipe = -1
             raise
         finally:
             process.restore_signals(before)
@@ -156,6 +178,7 @@ class Reader:
         code = 1
         try:
             process.close_all_but([pipe])
+            os.nice(NICENESS)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
             signal.alarm(math.ceil(2 * TIMEOUT_SECS))

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from forkd import channel, handoff, process
+from forkd import channel, cpus, handoff, process
 from forkd.board import WORKERS_MAX, Board
 from forkd.boot import Boot
 from forkd.channel import Down, Up
@@ -72,7 +72,8 @@ class Supervisor:
         self._killing = False
         self.dispatcher: Dispatcher
         self.peers: list[Peer] = []
-        self.generations = Generations(settings, self.peers, self._log, self._kill, changed)
+        births_at_once = max(1, cpus.available() // 2)
+        self.generations = Generations(settings, self.peers, self._log, self._kill, changed, births_at_once)
         self.totals = [0, 0, 0, 0]
         """Started, completed, failed, bytes sent, of all workers that are gone."""
 
@@ -307,6 +308,7 @@ class Supervisor:
             self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
             if peer.life is Life.STARTING:
                 self.generations.ready(peer, time.monotonic())
+                self.maintain(time.monotonic())
             dispatcher.pump()
         elif kind is Up.RETURNED:
             for slot, attempt in pairs:

@@ -41,7 +41,7 @@ class Channel:
 class Town:
     """Generations, the workers that a supervisor would have, and a clock."""
 
-    def __init__(self, **workers: Any) -> None:
+    def __init__(self, births_at_once: int = WORKERS_WANTED_MAX, **workers: Any) -> None:
         self.now = 1000.0
         self.peers: list[Peer] = []
         self.killed: list[Peer] = []
@@ -50,7 +50,12 @@ class Town:
         self._board = Board(1)
         self._births = itertools.count(1)
         self.generations = Generations(
-            settings(**workers), self.peers, self.log, self.killed.append, lambda *change: self.changes.append(change)
+            settings(**workers),
+            self.peers,
+            self.log,
+            self.killed.append,
+            lambda *change: self.changes.append(change),
+            births_at_once,
         )
 
     def births(self) -> list[Peer]:
@@ -166,6 +171,23 @@ def test_there_is_no_moment_without_a_ready_worker_and_none_too_many_in_the_end(
         assert town.lives() == [Life.READY] * town.generations.current.wanted, order
         assert not town.generations.reloading
         assert not town.killed
+
+
+def test_the_new_ones_start_a_few_at_a_time_because_those_who_serve_need_the_cpu() -> None:
+    town = Town(births_at_once=2, count=5)
+    assert len(town.births()) == 5  # nobody serves yet
+    town.ready(*town.peers)
+    first, second = town.reload(count=5)
+    assert town.births() == []
+    town.ready(first)
+    (third,) = town.births()
+    town.die(second)
+    town.now += BACKOFF_FIRST_SECS
+    (fourth,) = town.births()
+    town.ready(third, fourth)
+    town.ready(*town.births())
+    assert town.generations.current.number == 2
+    assert len(town.serving()) == 5
 
 
 def test_a_new_worker_that_dies_on_standby_is_replaced_before_the_turn() -> None:
