@@ -165,9 +165,10 @@ class Master:
         moderation = Moderation(PAUSE_SECS, GAP_SECS)
         while self._stage is Stage.RUNNING or self._supervisor.peers or self._waits() or self._upgrade.under_way:
             moderation.pause()
-            events = self._selector.select(max(0.0, next_tick - time.monotonic()))
+            looked = time.monotonic()
+            events = self._selector.select(max(0.0, next_tick - looked))
             now = time.monotonic()
-            moderation.woken(now)
+            moderation.woken(now - looked)
             for key, mask in events:
                 try:
                     key.data.on_ready(mask)

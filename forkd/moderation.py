@@ -15,25 +15,22 @@ BUSY_AFTER: Final = 16
 class Moderation:
     """Asked once per turn of a loop, before it waits.
 
-    A loop is busy when it was woken BUSY_AFTER times in a row with less than `gap_secs` between (not counting the
-    pauses).
+    A loop is busy when BUSY_AFTER times in a row something came within `gap_secs` of looking for it. What it takes to
+    serve that, and the pauses themselves, do not count: they make the next wait shorter, not longer.
     """
 
-    __slots__ = ("_gap_secs", "_pause_secs", "_quick", "_woken_at")
+    __slots__ = ("_gap_secs", "_pause_secs", "_quick")
 
     def __init__(self, pause_secs: float, gap_secs: float) -> None:
         self._pause_secs = pause_secs
         self._gap_secs = gap_secs
         self._quick = 0
-        self._woken_at = 0.0
 
-    def pause(self, secs: float | None = None) -> None:
-        """Wait a moment if the loop is busy: `pause_secs`, or `secs`."""
+    def pause(self) -> None:
+        """Wait a moment if the loop is busy."""
         if self._quick >= BUSY_AFTER:
-            time.sleep(self._pause_secs if secs is None else secs)
+            time.sleep(self._pause_secs)
 
-    def woken(self, now: float) -> None:
-        """The loop woke up (monotonic seconds)."""
-        gap = self._gap_secs + self._pause_secs if self._quick >= BUSY_AFTER else self._gap_secs
-        self._quick = self._quick + 1 if now - self._woken_at < gap else 0
-        self._woken_at = now
+    def woken(self, waited_secs: float) -> None:
+        """The loop looked, and so long after that something came."""
+        self._quick = self._quick + 1 if waited_secs < self._gap_secs else 0

@@ -1,8 +1,8 @@
 """The client's socket: write, backpressure, disconnect, end.
 
 Theory of operation. A Client owns its fd from its making until `closed`, which is called exactly once, and tells its
-owner five things: `client_slow` (something queued had to be held back), `client_drained` (all that was is written), `client_gone` (it disconnected, or broke),
-`client_closed` (the fd is closed; nothing more will come). Its life:
+owner four things: `client_slow` (something queued had to be held back), `client_drained` (all that was held back is
+written), `client_gone` (it disconnected, or broke), `client_closed` (the fd is closed; nothing more comes). Its life:
 
     OPEN      written to at once; what the kernel does not take is held, and then everything behind it is, in order
     ENDING    `end` was called with bytes held: as OPEN, and when they are written on to LINGERING

@@ -9,8 +9,8 @@ deadlines. Nothing is ever cancelled: whoever no longer cares returns at once wh
 away therefore re-check every second or two rather than pin a dead object until they are due.
 
 Writing: what a turn has for its clients may be gathered (`queued`) and go out at the turn's end, one after the other.
-Between two writes that follow each other at once, neither the kernel's nor the interpreter's code leaves the caches, and
-whoever reads them is woken once and not for each.
+Between two writes that follow each other at once neither the kernel's nor the interpreter's code leaves the caches,
+and whoever reads them is woken once and not for each.
 
 Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to the object that raised it (`crashed`),
 which ends its own stream, and the loop goes on.
@@ -27,7 +27,7 @@ from forkd.moderation import Moderation
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
-PAUSE_SECS: Final = 0.002
+PAUSE_SECS: Final = 0.001
 GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
@@ -93,8 +93,8 @@ class Ready(Protocol):
 
 
 class Loop:
-    """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn. `queued` is what is
-    to be flushed at its end.
+    """The loop. `now` is monotonic time in seconds and `at` the same in ticks, both as of this turn. `queued` is what
+    is to be flushed at its end.
     """
 
     __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "queued", "selector")
@@ -122,13 +122,12 @@ class Loop:
         """Wait for the next event or deadline, and serve all that is there."""
         due = self._due
         self._moderation.pause()
-        timeout = LONGEST_SLEEP_SECS
-        if due:
-            timeout = min(timeout, max(0.0, due[0] * TICK_SECS - time.monotonic()))
+        looked = time.monotonic()
+        timeout = min(LONGEST_SLEEP_SECS, max(0.0, due[0] * TICK_SECS - looked)) if due else LONGEST_SLEEP_SECS
         events = self.selector.select(timeout)
         now = self.now = time.monotonic()
         at = self.at = int(now * TICKS_PER_SEC)
-        self._moderation.woken(now)
+        self._moderation.woken(now - looked)
         for key, mask in events:
             try:
                 key.data.on_ready(mask)

@@ -51,7 +51,14 @@ _HEAD_FRAMES: Final = frozenset({_HEADERS, _PUSH_PROMISE, _CONTINUATION})
 _END_STREAM, _END_HEADERS, _PADDED = 0x1, 0x4, 0x8
 
 _CONFIG: Final = h2.config.H2Configuration(
-    client_side=True, header_encoding="utf-8", validate_outbound_headers=False, normalize_outbound_headers=False
+    client_side=True,
+    header_encoding="utf-8",
+    # What goes out was looked at by the pool; of what comes in, only the status and four fields are ever used, and
+    # those are looked at where they are.
+    validate_outbound_headers=False,
+    normalize_outbound_headers=False,
+    validate_inbound_headers=False,
+    normalize_inbound_headers=False,
 )
 
 
@@ -267,15 +274,16 @@ class Http2:
                 position = following
             if position > passed:
                 self._pass(data[passed:position])
+                passed = position
         except h2.exceptions.ProtocolError as error:
             self._break("backend_garbled", f"HTTP/2: {error}"[:200], None)
             return
         if position < end:
             self._partial = data[position:]
-        if self._transport.fd >= 0:
+        if passed and self._transport.fd >= 0:
             self._flush()
-            if self._going and not self._exchanges:
-                self._ended()
+        if self._going and not self._exchanges:
+            self._ended()
 
     def lost(self, code: str, detail: str) -> None:
         """The transport is closed."""

@@ -6,6 +6,8 @@ under HTTP/1.1, one for `http2.max_streams` of them under HTTP/2. Which of the t
 when TLS has told; until then it is taken for HTTP/2 (if that is enabled), so that the first thousand requests do not
 open a thousand connections; if it is not, the missing ones are opened then.
 
+Under HTTP/2 another is opened when three quarters of the last one are taken, before anybody has to wait for it.
+
 When one that is being opened fails, as many as it would have carried fail with it, those that waited longest.
 
 Idle connections are kept, `pool_max_idle` of them and for IDLE_SECS, the latest used first.
@@ -28,6 +30,8 @@ from workers.upstream.transport import Route, Transport
 
 IDLE_SECS: Final = 55.0
 """Less than what most servers and balancers allow, so that it is mostly us who close."""
+AHEAD: Final = 4
+"""Another connection is opened when there is room for less than this part of one."""
 _HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -73,6 +77,8 @@ class Pool:
         if not self._place(exchange):
             self._waiting.append(exchange)
             self._dial()
+        elif self._shared:
+            self._dial_ahead()
         if not self._keeping_house:
             self._keeping_house = True
             self._loop.after(_HOUSEKEEPING_TICKS, self)
@@ -120,9 +126,17 @@ class Pool:
         """Open as many connections as those who wait need."""
         each = self._each
         while (len(self._dials) + len(self._unready)) * each < len(self._waiting):
-            dial = _Dial(self)
-            self._dials.add(dial)
-            self._origin.reach(dial.found)
+            self._start_dial()
+
+    def _start_dial(self) -> None:
+        dial = _Dial(self)
+        self._dials.add(dial)
+        self._origin.reach(dial.found)
+
+    def _dial_ahead(self) -> None:
+        """HTTP/2: open the next connection before the last one is full, so that nobody waits for its handshake."""
+        if not self._dials and not self._unready and sum(one.room for one in self._shared) < self._each // AHEAD:
+            self._start_dial()
 
     # What becomes of a dial.
 
@@ -150,7 +164,7 @@ class Pool:
 
     def _fail(self, failure: Failure) -> None:
         waiting = self._waiting
-        doomed = [waiting.popleft() for _ in range(min(self._each, len(waiting)))]
+        doomed = [waiting.popleft() for _ in range(min(self._each, len(waiting)))]  # none, if it was ahead of time
         for exchange in doomed:
             exchange.fail(failure)
         self._dial()
