@@ -28,6 +28,12 @@ _ATOMIC_BYTES: Final = 4096
 _PLAIN = re.compile(r"[\w.:@/+\[\]-]{1,200}").fullmatch
 
 
+WINDOW_SECS: Final = 10.0
+WINDOW_RECORDS: Final = 50
+_PRIORITIES: Final = {"DEBUG": 7, "INFO": 6, "ACCESS": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+"""syslog(3)'s, which journald takes from the front of a line: sd-daemon(3)."""
+
+
 class Access(NamedTuple):
     """What an access line says of a finished stream. `status` is 0 if it ended before there was one."""
 
@@ -76,6 +82,14 @@ class Sink:
         except OSError:  # not ours to open: look before each write, the best that is left
             self._poll = select.poll()
             self._poll.register(2, select.POLLOUT)
+
+    @property
+    def is_journal(self) -> bool:
+        """Whether journald reads it: systemd.exec(5), JOURNAL_STREAM."""
+        if self.path is not None:
+            return False
+        found = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
     def reopen(self) -> None:
         """Open the file again by its name, after logrotate(8) moved it away. Raises OSError and keeps the old one."""
@@ -127,9 +141,10 @@ class Sink:
 class Formatter(logging.Formatter):
     """Renders records, and access lines, as text or as JSON. `process` names who writes: `master`, `worker 2`."""
 
-    def __init__(self, style: str, process: str) -> None:
+    def __init__(self, style: str, process: str, *, priorities: bool = False) -> None:
         super().__init__()
         self.json = style == "json"
+        self.priorities = priorities
         self.process = process
         self._second = -1
         self._stamp = ""
@@ -150,7 +165,14 @@ class Formatter(logging.Formatter):
         stamp = self.stamp(record.created)
         if self.json:
             return self._within(stamp, record.levelname, {"message": message})
-        return f"{stamp} {record.levelname:<7} {self.process}: {message}"
+        line = f"{stamp} {record.levelname:<7} {self.process}: {message}"
+        if self.priorities:  # each line is an entry of its own to journald
+            front = self._front(record.levelname)
+            line = front + line.replace("\n", f"\n{front}")
+        return line
+
+    def _front(self, level: str) -> str:
+        return f"<{_PRIORITIES.get(level, 6)}>" if self.priorities else ""
 
     def _within(self, stamp: str, level: str, rest: dict[str, object]) -> str:
         """One JSON object that is not cut anywhere when it is written: if it is too long, its texts are."""
@@ -160,7 +182,7 @@ class Formatter(logging.Formatter):
         while len(line) >= _ATOMIC_BYTES:
             room //= 2
             line = json.dumps({key: text[:room] if isinstance(text, str) else text for key, text in record.items()})
-        return line
+        return self._front(level) + line
 
     def access(self, now: float, line: "Access") -> str:
         """One line for a finished stream."""
@@ -169,15 +191,15 @@ class Formatter(logging.Formatter):
             return self._within(stamp, "ACCESS", line._asdict())
         # Written out, because a loop over the fields takes longer than the rest of a stream's end.
         ttfb_ms = "-" if line.ttfb_ms is None else line.ttfb_ms
+        asked = "-" if line.input_tokens is None else line.input_tokens
+        answered = "-" if line.output_tokens is None else line.output_tokens
+        front = self._front("ACCESS")
         return (
-            f"{stamp} ACCESS  {self.process}: request_id={quoted(line.request_id)} user_id={quoted(line.user_id)} "
-            f"remote={quoted(line.remote)} backend={line.backend or '-'} model={quoted(line.model)} "
-            f"status={line.status} bytes={line.bytes} chunks={line.chunks} ttfb_ms={ttfb_ms} "
-            f"duration_ms={line.duration_ms} worker={line.worker} reason={line.reason}"
-        ) + (
-            ""
-            if line.input_tokens is None and line.output_tokens is None
-            else f" input_tokens={quoted(line.input_tokens)} output_tokens={quoted(line.output_tokens)}"
+            f"{front}{stamp} ACCESS  {self.process}: request_id={quoted(line.request_id)} "
+            f"user_id={quoted(line.user_id)} remote={quoted(line.remote)} backend={line.backend or '-'} "
+            f"model={quoted(line.model)} status={line.status} bytes={line.bytes} chunks={line.chunks} "
+            f"ttfb_ms={ttfb_ms} duration_ms={line.duration_ms} worker={line.worker} reason={line.reason} "
+            f"input_tokens={asked} output_tokens={answered}"
         )
 
 
@@ -188,6 +210,47 @@ def quoted(value: str | int | None) -> str:
     if not value:
         return "-"
     return value if _PLAIN(value) else json.dumps(value[:200])
+
+
+class Repeats(logging.Filter):
+    """Lets through so many warnings and errors from one place in the code in each WINDOW_SECS, and counts the rest.
+
+    An upstream that is down, or a disk that is full, is told hundreds of times a second otherwise, and hides all else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: dict[tuple[str, int], list[float]] = {}
+        """When the window began, how many came in it, and how many of those were left out."""
+        self._examples: dict[tuple[str, int], logging.LogRecord] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this record is written."""
+        if record.levelno < logging.WARNING or hasattr(record, "told"):
+            return True
+        key = (record.pathname, record.lineno)
+        place = self._places.get(key)
+        if place is None or record.created - place[0] >= WINDOW_SECS:
+            if place is None or not place[2]:
+                self._places[key] = [record.created, 1, 0]
+                return True
+            place[1] = 0  # an old window that nobody has told about yet
+        place[1] += 1
+        if place[1] <= WINDOW_RECORDS and not place[2]:
+            return True
+        place[2] += 1
+        self._examples[key] = record
+        return False
+
+    def take(self, now: float) -> list[tuple[int, logging.LogRecord]]:
+        """What was left out in windows that are over (wall-clock seconds): how many, and the last of them."""
+        over = [key for key, place in self._places.items() if now - place[0] >= WINDOW_SECS]
+        told = []
+        for key in over:
+            left_out = int(self._places.pop(key)[2])
+            if left_out:
+                told.append((left_out, self._examples.pop(key)))
+        return told
 
 
 class Handler(logging.Handler):
@@ -214,9 +277,12 @@ class Logs:
         self.sink = sink
         self.wants_access = access
         self._style = style
-        self._formatter = Formatter(style, "master")
+        self._formatter = Formatter(style, "master", priorities=sink.is_journal)
         self.logger = logging.getLogger("forkd")
-        self.logger.handlers[:] = [Handler(sink, self._formatter)]
+        handler = Handler(sink, self._formatter)
+        self._repeats = Repeats()
+        handler.addFilter(self._repeats)
+        self.logger.handlers[:] = [handler]
         self.logger.propagate = False
         self.logger.setLevel({"trace": "DEBUG", "warn": "WARNING"}.get(level, level.upper()))
         logging.raiseExceptions = sys.stderr is not None and level == "debug"
@@ -226,6 +292,18 @@ class Logs:
         self.wants_access = settings.access
         self._formatter.json = settings.format == "json"
         self.logger.setLevel(settings.level.upper())
+
+    def tell_repeats(self) -> None:
+        """Say how much was left out; called about once a second."""
+        for count, record in self._repeats.take(time.time()):
+            self.logger.log(
+                record.levelno,
+                "%d more like this in %.0f s were left out: %s",
+                count,
+                WINDOW_SECS,
+                record.getMessage(),
+                extra={"told": True},
+            )
 
     def rename(self, process: str) -> None:
         """Say who writes from now on, after a fork."""

@@ -93,7 +93,8 @@ class Master:
         self._limit, capacity = self._measure_room(workers)
         self._listeners = self._listen()
         self._metrics_listener = self._bind_metrics()
-        process.drop_privileges(server.user, server.group, [logs.sink.fd] if logs.sink.path else [])
+        own_fds = [listener.lock_fd for listener in self._listeners] + ([logs.sink.fd] if logs.sink.path else [])
+        process.drop_privileges(server.user, server.group, own_fds)
         if os.geteuid() == 0:
             self._log.warning("workers run as root: name a user in server.user")
         self._side = heritage.side if heritage is not None else ""
@@ -193,9 +194,19 @@ class Master:
         self._log.exception("a bug in the master, in %s; going on", what)
 
     def _waits(self) -> bool:
-        """Whether somebody still hands over, or waits for a worker."""
+        """Whether somebody still hands over, or waits for a worker; or the master before us still has streams, which
+        systemd would kill as soon as we, the service's main process, are gone.
+        """
         assert self._intake is not None
-        return not self._intake.stopped or (self._stage is not Stage.STOPPING and self._dispatcher.queued > 0)
+        if not self._intake.stopped or (self._stage is not Stage.STOPPING and self._dispatcher.queued > 0):
+            return True
+        given_up = self._stage is Stage.STOPPING and time.monotonic() >= self._deadline + END_GRACE_SECS
+        return self._predecessor_lives() and not given_up
+
+    def _predecessor_lives(self) -> bool:
+        """Whether the master that we took over from still finishes its streams."""
+        heritage = self._heritage
+        return self._reported and heritage is not None and heritage.old_fd >= 0 and not _at_end(heritage.old_fd)
 
     def on_ready(self, _mask: int) -> None:
         """Signals came."""
@@ -407,6 +418,7 @@ class Master:
         refused = self._dispatcher.take_refused()
         if refused:
             self._log.warning("refused with 503: %s", ", ".join(f"{count} {code}" for code, count in refused.items()))
+        self._logs.tell_repeats()
         metrics = self._metrics
         dropped = self._logs.sink.take_dropped()
         if dropped:
@@ -578,6 +590,13 @@ class Master:
         self._deadline = time.monotonic() + END_GRACE_SECS
         self._dispatcher.give_up_all("shutdown")
         self._supervisor.stop()
+        if self._predecessor_lives():
+            assert self._heritage is not None
+            self._log.info("telling the master before us (pid %d) to end its streams too", self._heritage.old_pid)
+            try:
+                os.kill(self._heritage.old_pid, signal.SIGTERM)  # it drains, so this is its second word
+            except OSError:
+                pass
 
     def _reopen_logs(self) -> None:
         try:

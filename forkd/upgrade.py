@@ -49,6 +49,7 @@ class Heritage(NamedTuple):
     """Where the new master says that it is ready."""
     old_fd: int
     """Reads end of file when the old master is gone."""
+    old_pid: int
 
 
 def take(environ: MutableMapping[str, str]) -> Heritage | None:
@@ -65,6 +66,7 @@ def take(environ: MutableMapping[str, str]) -> Heritage | None:
             passed["side"],
             int(passed["ready_fd"]),
             int(passed["old_fd"]),
+            int(passed["old_pid"]),
         )
         if heritage.side not in SIDES or not isinstance(heritage.metrics_dir, str | None):
             raise ValueError("a value is not what it should be")
@@ -161,6 +163,7 @@ class Upgrade:
             SIDES[1 - SIDES.index(side)],
             ready_theirs,
             old_theirs,
+            os.getpid(),
         )
         environ = {**systemd.for_successor(os.environ), VARIABLE: json.dumps(heritage._asdict())}
         fds = _fds(heritage)

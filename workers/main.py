@@ -211,6 +211,7 @@ class Worker:
         self._row.store_streams(live)
         self._store_totals()
         self._row.store_figures(self._measure.take(context.started, context.streams))
+        context.logs.tell_repeats()
         dropped = context.logs.sink.take_dropped()
         if dropped:
             context.metrics.count("forkd_log_lines_dropped_total", amount=dropped)

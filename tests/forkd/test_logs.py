@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forkd.logs import Access, Formatter, Logs, Sink, quoted
+from forkd.logs import WINDOW_RECORDS, WINDOW_SECS, Access, Formatter, Logs, Sink, quoted
 
 LINE = Access("req-1", "user", "::1", "mock", None, 200, 1234, 18, 5, 900, 2, "ok")
 
@@ -128,7 +128,7 @@ def test_a_long_line_is_cut_and_stays_one(tmp_path: Path) -> None:
 def test_an_access_line_as_text() -> None:
     assert Formatter("pretty", "worker 2").access(0.25, LINE) == (
         "1970-01-01T00:00:00.250Z ACCESS  worker 2: request_id=req-1 user_id=user remote=::1 backend=mock model=- "
-        "status=200 bytes=1234 chunks=18 ttfb_ms=5 duration_ms=900 worker=2 reason=ok"
+        "status=200 bytes=1234 chunks=18 ttfb_ms=5 duration_ms=900 worker=2 reason=ok input_tokens=- output_tokens=-"
     )
     line = Formatter("pretty", "w").access(0, LINE._replace(user_id=None, backend="", ttfb_ms=None, model="gpt 4"))
     assert " user_id=- " in line
@@ -223,3 +223,44 @@ def test_a_record_as_json_carries_its_stack(tmp_path: Path) -> None:
     record = json.loads(line)
     assert record["level"] == "ERROR"
     assert record["message"].startswith("broke\nTraceback")
+
+
+def test_what_one_place_says_again_and_again_is_counted_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = Logs(Sink(str(tmp_path / "log")), "info", "pretty", access=False)
+    clock = [1000.0]
+    monkeypatch.setattr("forkd.logs.time.time", lambda: clock[0])
+    for number in range(WINDOW_RECORDS + 30):
+        logs.logger.warning("it is down: %d", number)
+    logs.logger.warning("something else")
+    for number in range(WINDOW_RECORDS + 30):
+        logs.logger.info("good news are never left out: %d", number)
+    logs.tell_repeats()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sum("it is down" in line for line in lines) == WINDOW_RECORDS
+    assert sum("something else" in line for line in lines) == 1
+    assert sum("good news" in line for line in lines) == WINDOW_RECORDS + 30
+    clock[0] += WINDOW_SECS
+    logs.tell_repeats()
+    logs.tell_repeats()
+    (told,) = [line for line in (tmp_path / "log").read_text().splitlines() if "left out: " in line and "more" in line]
+    assert "30 more like this in 10 s were left out: it is down: 79" in told
+    logs.logger.warning("it is down: %d", 99)  # a new window
+    assert "it is down: 99" in (tmp_path / "log").read_text()
+
+
+def test_journald_is_told_how_serious_a_line_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+    logs = Logs(Sink(), "info", "pretty", access=True)
+    logs.logger.error("bad\nworse")
+    logs.logger.info("fine")
+    logs.access(0.0, LINE)
+    logs.sink.flush()
+    lines = capfd.readouterr().err.splitlines()
+    assert [line[:3] for line in lines] == ["<3>", "<3>", "<6>", "<6>"]
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")  # somebody else's
+    assert not Sink().is_journal

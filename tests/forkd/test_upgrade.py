@@ -228,6 +228,7 @@ WHOLE: dict[str, Any] = {
     "side": "",
     "ready_fd": "pipe",
     "old_fd": "pipe",
+    "old_pid": 1,
 }
 
 
@@ -253,6 +254,7 @@ WHOLE: dict[str, Any] = {
         {"ready_fd": -1},
         {"old_fd": "socket"},
         {"old_fd": [1]},
+        {"old_pid": "init"},
     ],
 )
 def test_garbage_is_refused_and_touches_nothing(change: dict[str, Any]) -> None:
@@ -290,7 +292,7 @@ def test_what_is_no_heritage_at_all_is_refused(written: str) -> None:
 def test_a_new_master_whose_parent_is_gone_need_not_tell() -> None:
     there, here = os.pipe()
     os.close(there)
-    heritage = upgrade.Heritage({}, -1, None, "b-", here, -1)
+    heritage = upgrade.Heritage({}, -1, None, "b-", here, -1, 0)
     upgrade.tell_ready(heritage, [])
 
 

@@ -29,6 +29,7 @@ def loop() -> Iterator[Loop]:
 @pytest.fixture
 def make(loop: Loop) -> Iterator[Callable[..., Offload]]:
     made: list[Offload] = []
+    gc.collect()  # what earlier tests left to the collector
     fds = len(os.listdir("/proc/self/fd"))
 
     def make(**how: Any) -> Offload:
