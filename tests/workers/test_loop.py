@@ -7,7 +7,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 import pytest
 
 from tests.workers.kit import World
-from workers.loop import LONGEST_SLEEP_SECS, Loop, to_ticks
+from workers.loop import EVENTS_MAX, LONGEST_SLEEP_SECS, Loop, to_ticks
 
 
 class Probe:
@@ -147,3 +147,67 @@ def test_a_readable_fd_is_told_until_it_is_read(world: World) -> None:
     world.loop.selector.unregister(read_end)
     os.close(read_end)
     os.close(write_end)
+
+
+def test_more_events_than_one_turn_takes_are_all_served() -> None:
+    """And a busy fd keeps no other from its turn."""
+    loop = Loop()
+    count = EVENTS_MAX + 100
+    served: dict[int, int] = {}
+
+    class Ready:
+        def __init__(self, fd: int) -> None:
+            self.fd = fd
+
+        def on_ready(self, _mask: int) -> None:
+            served[self.fd] = served.get(self.fd, 0) + 1  # and never reads: it stays ready
+
+        def crashed(self, error: Exception) -> None:
+            raise error
+
+    fds = [os.eventfd(1) for _ in range(count)]
+    try:
+        for fd in fds:
+            loop.selector.register(fd, 1, Ready(fd))
+        loop.turn()
+        assert len(served) == EVENTS_MAX
+        loop.turn()
+        assert len(served) == count
+    finally:
+        for fd in fds:
+            loop.selector.unregister(fd)
+            os.close(fd)
+        loop.selector.close()
+
+
+def test_what_is_queued_goes_out_at_the_end_of_the_turn_and_a_crash_costs_nobody_else() -> None:
+    loop = Loop()
+    said: list[str] = []
+
+    class Queued:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def flush(self) -> None:
+            said.append(self.name)
+            if self.name == "bad":
+                raise ValueError(self.name)
+
+        def crashed(self, error: Exception) -> None:
+            said.append(f"crashed {error}")
+
+    class Timed:
+        def tick(self) -> None:
+            loop.queued += [Queued("one"), Queued("bad"), Queued("two")]
+            said.append("tick")
+
+        def crashed(self, error: Exception) -> None:
+            raise error
+
+    loop.after(1, Timed())
+    while not said:
+        loop.turn()
+    assert said == ["tick", "one", "bad", "crashed bad", "two"]
+    loop.turn()
+    assert len(said) == 5
+    loop.selector.close()
