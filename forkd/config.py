@@ -39,13 +39,6 @@ from forkd.settings import (
 AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
-# Understood, but without effect so far: whoever sets one is told.
-INEFFECTIVE_KEYS: Final = (
-    ("server", "drain_timeout_secs"),
-    ("workers", "max_streams"),
-    ("workers", "max_rss_mb"),
-)
-
 # The reference's variables and those that are like them, and what each sets.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "DAEMON_SOCKET_PATH": "server.socket_path",
@@ -121,7 +114,7 @@ def load(
     settings = _with_keys(settings, walk)
     if walk.faults:
         raise ConfigError(walk.faults)
-    return Loaded(settings, _warnings(environ) + _ineffective(settings))
+    return Loaded(settings, _warnings(environ))
 
 
 def _read_file(path: str | None) -> tuple[dict[Any, Any], list[str]]:
@@ -137,16 +130,6 @@ def _read_file(path: str | None) -> tuple[dict[Any, Any], list[str]]:
     if not isinstance(data, dict):
         raise ConfigError([f"{name}: expected a mapping of settings, got {kind_of(data)}"])
     return data, [f"{name}: {duplicate}" for duplicate in duplicates]
-
-
-def _ineffective(settings: Settings) -> list[str]:
-    """What is set and does nothing yet."""
-    defaults = Settings()
-    return [
-        f"{section}.{key}: has no effect in this version"
-        for section, key in INEFFECTIVE_KEYS
-        if getattr(getattr(settings, section), key) != getattr(getattr(defaults, section), key)
-    ]
 
 
 def _warnings(environ: Mapping[str, str]) -> list[str]:

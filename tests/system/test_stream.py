@@ -36,8 +36,3 @@ def test_a_write_timeout_of_a_month_is_no_harm_to_tcp_clients(tmp_path: Path) ->
     with running(tmp_path, config={"server": {"write_timeout_secs": 2_592_000}}) as forkd:
         assert forkd.ask(tcp=True).complete
         assert "was killed" not in forkd.log()
-
-
-def test_settings_without_effect_are_named(tmp_path: Path) -> None:
-    with running(tmp_path, config={"workers": {"max_rss_mb": 500}}) as forkd:
-        assert "workers.max_rss_mb: has no effect in this version" in forkd.log()
