@@ -88,7 +88,12 @@ def receive(sock: SocketType, room: bytearray) -> Message | None:
     """
     length, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_ROOM, _RECEIVE_FLAGS)
     if not length and not ancillary:
-        return None
+        # The kernel looks for a message first and for the end of file then, and a sender that sends and closes between
+        # the two seems to have sent nothing (measured on 6.18: 1 in 4,000 at the worst moment, 1 in 200 on a busy CPU).
+        # What was sent before the close is there by now.
+        length, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_ROOM, _RECEIVE_FLAGS)
+        if not length and not ancillary:
+            return None
     fds: tuple[int, ...] = ()
     for level, kind, data in ancillary:
         if level == _SOL_SOCKET and kind == _SCM_RIGHTS:

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,30 @@ def test_nothing_there_and_nothing_more(pair: tuple[socket.socket, socket.socket
         handoff.receive(pair[1], ROOM)
     pair[0].close()
     assert handoff.receive(pair[1], ROOM) is None
+
+
+class Hasty(socket.socket):
+    """Its first look is what the kernel makes of a message that arrives, with the end of file behind it, while it looks
+    (unix_dgram_recvmsg: the queue is seen empty, then the peer is seen closed)."""
+
+    looks = 0
+
+    def recvmsg_into(self, *arguments: Any) -> Any:
+        self.looks += 1
+        return (0, [], 0, None) if self.looks == 1 else super().recvmsg_into(*arguments)
+
+
+def test_the_end_of_file_does_not_overtake_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    with open("/dev/null", "rb") as null:
+        send(ours, b"data", null.fileno())
+    ours.close()
+    with Hasty(fileno=os.dup(theirs.fileno())) as hasty:
+        message = handoff.receive(hasty, ROOM)
+        assert message is not None
+        assert message.payload == b"data"
+        os.close(*message.fds)
+        assert handoff.receive(hasty, ROOM) is None
 
 
 def test_what_does_not_fit_never_arrives_and_is_noticed(pair: tuple[socket.socket, socket.socket]) -> None:
