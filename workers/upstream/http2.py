@@ -43,6 +43,10 @@ DEFAULT_WINDOW_BYTES: Final = 65535
 RELEASE_TICKS: Final = to_ticks(1.0)
 READY_SECS: Final = 10.0
 """How long the upstream may take for its SETTINGS."""
+OWED_MAX_BYTES: Final = 1 << 20
+"""So much may wait of what h2 answers to frames (PING, SETTINGS). Who asks on and never reads would fill the memory."""
+LAST_NUMBER: Final = 2**31 - 1
+"""Of a stream: 5.1.1."""
 
 _HEAD: Final = Struct(">HBBBL")  # length (two parts), type, flags, stream: 4.1
 _WINDOW_UPDATE: Final = Struct(">HBBBLL")
@@ -52,7 +56,7 @@ _END_STREAM, _END_HEADERS, _PADDED = 0x1, 0x4, 0x8
 
 _CONFIG: Final = h2.config.H2Configuration(
     client_side=True,
-    header_encoding="utf-8",
+    header_encoding=None,  # a field may hold any bytes, and h2 would raise what is no error of the protocol
     # What goes out was looked at by the pool; of what comes in, only the status and four fields are ever used, and
     # those are looked at where they are.
     validate_outbound_headers=False,
@@ -88,6 +92,7 @@ class Http2:
         "_in_headers",
         "_loop",
         "_next_number",
+        "_owed",
         "_owner",
         "_partial",
         "_pinged_at",
@@ -130,6 +135,7 @@ class Http2:
         self._stream_window = settings.initial_stream_window_kb * 1024
         self._window = max(settings.initial_connection_window_kb * 1024, DEFAULT_WINDOW_BYTES)
         self._taken = 0
+        self._owed = 0
         self._heard_at = self.idle_since = loop.now
         self._pinged_at = 0.0
         """When the PING that is not answered yet was sent; 0: none is out."""
@@ -173,6 +179,8 @@ class Http2:
         assert request is not None
         number = exchange.number = self._next_number
         self._next_number += 2
+        if self._next_number > LAST_NUMBER:
+            self._going = True
         exchange.carrier = self
         self._exchanges[number] = exchange
         self._used = True
@@ -227,6 +235,7 @@ class Http2:
             except h2.exceptions.H2Error:
                 pass
             self._transport.close()
+            self._let_go()
 
     # The transport's.
 
@@ -281,7 +290,7 @@ class Http2:
         if position < end:
             self._partial = data[position:]
         if passed and self._transport.fd >= 0:
-            self._flush()
+            self._reply()
         if self._going and not self._exchanges:
             self._ended()
 
@@ -373,7 +382,7 @@ class Http2:
         exchange = self._exchanges.get(event.stream_id or 0)
         if exchange is None:
             return
-        fields = {str(name): str(value) for name, value in event.headers or ()}
+        fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers or ()}
         status = fields.pop(":status", "")
         if not (len(status) == 3 and status.isascii() and status.isdigit()):
             raise h2.exceptions.ProtocolError("no status")
@@ -461,6 +470,19 @@ class Http2:
             return
         self._flush()
 
+    def _reply(self) -> None:
+        """Send what h2 has to say to what it was given."""
+        data = self._h2.data_to_send()
+        if not data:
+            return
+        self._transport.write(data)
+        if not self._transport.unsent_bytes:
+            self._owed = 0
+            return
+        self._owed += len(data)
+        if self._owed > OWED_MAX_BYTES:
+            self._break("backend_garbled", "HTTP/2: it has its frames answered and reads nothing")
+
     def _flush(self) -> None:
         data = self._h2.data_to_send()
         if data:
@@ -508,6 +530,12 @@ class Http2:
             # One that has no head yet, on a connection that carried others before, met a dead connection.
             stale = self._used and not exchange.status and exchange.number > 1 and code == "backend_reset"
             exchange.fail(Failure(code, detail, stale=stale))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of h2's state, which holds its own bound methods: a circle, and there may be no collection for weeks."""
+        self._going = True
+        vars(self._h2).clear()
 
 
 def _named(code: int) -> str:
