@@ -292,6 +292,9 @@ class RelaySource:
             self._fail(failure.code, failure.detail)
         elif self._refusal is not None:
             self._refused()
+        elif failure.outrun:  # costs no retry: each of these connections answers somebody, so it comes to an end
+            self._note_retry(failure.code, failure.detail)
+            self._ask(fresh=True)
         elif failure.stale and (failure.unseen or self._backend.repeatable):
             self._note_retry(failure.code, failure.detail)
             self._ask(fresh=True)

@@ -82,7 +82,7 @@ def test_every_spelling_of_an_answer_is_understood(tmp_path: Path, pattern: str)
     "pattern",
     [
         *("goaway-after", "silent-goaway", "padding", "server-ping", "unknown-frame", "end-on-data", "rst-after-end"),
-        *("trailers", "informational", "trickle"),
+        *("trailers", "informational", "trickle", "known-length"),
     ],
 )
 @pytest.mark.parametrize("name", ["h2", "h2-tls"])

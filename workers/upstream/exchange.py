@@ -31,6 +31,8 @@ class Failure(NamedTuple):
     """The upstream has certainly not begun to work on the request."""
     stale: bool = False
     """A connection that had been used before died before it answered: it was most likely dead already."""
+    outrun: bool = False
+    """The upstream was closing the connection in good order, and came to others on it but not to this request."""
 
 
 class Receiver(Protocol):

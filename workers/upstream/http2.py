@@ -10,7 +10,8 @@ does on the token inside. So the frames are told apart first, by their nine-byte
     all else, and all between HEADERS and      given to h2, in order
     its last CONTINUATION
 
-h2 therefore knows nothing of what was received, and flow control (6.9) is ours: what arrives is counted for the stream
+h2 therefore knows nothing of what was received, and must not compare it with a content-length (`_response`), which
+nobody needs here: END_STREAM says where a body ends. Flow control (6.9) is ours: what arrives is counted for the stream
 and for the connection; half a window of it is given back by one WINDOW_UPDATE; a paused exchange gives nothing back,
 so that the upstream stops with this one and goes on with the others. An upstream that sends more to a paused one than
 it was given is in breach, and the stream is reset. (The connection's window is given back as fast as bytes are read, so
@@ -354,14 +355,24 @@ class Http2:
             exchange.taken = 0
 
     def _goaway(self, payload: bytes) -> None:
-        """GOAWAY (6.8): what is above the last stream was not looked at; the rest is still being answered."""
+        """GOAWAY (6.8): what is above the last stream was not looked at; the rest is still being answered.
+
+        Servers say it in good order after so many requests on a connection (nginx: keepalive_requests), or before they
+        restart. Where many ask at once that may happen to some of them again and again, though each time to fewer.
+        """
         self._going = True
         last = int.from_bytes(payload[:4]) & 0x7FFFFFFF
         code = int.from_bytes(payload[4:8])
+        failure = Failure(
+            "backend_unavailable",
+            f"HTTP/2: GOAWAY, {_named(code)}",
+            unseen=True,
+            outrun=code == ErrorCodes.NO_ERROR and last > 0,
+        )
         for exchange in list(self._exchanges.values()):
             if exchange.number > last:
                 self._forget(exchange)
-                exchange.fail(Failure("backend_unavailable", f"HTTP/2: GOAWAY, {_named(code)}", unseen=True))
+                exchange.fail(failure)
         self._owner.roomier(self)
 
     def _pass(self, data: bytes) -> None:
@@ -387,6 +398,8 @@ class Http2:
         if not (len(status) == 3 and status.isascii() and status.isdigit()):
             raise h2.exceptions.ProtocolError("no status")
         exchange.status = int(status)
+        if "content-length" in fields and (stream := self._h2.streams.get(exchange.number)) is not None:
+            stream._expected_content_length = None  # it sees no body, and would end the connection over that
         try:
             exchange.receiver.response(exchange.status, fields)
         except Exception as error:
@@ -423,6 +436,7 @@ class Http2:
         for exchange in waiting:
             if exchange is not None and exchange.unsent is not None:
                 self._send_body(exchange)
+                self._flush()
 
     def _settings_changed(self) -> None:
         if not self._ready:

@@ -190,13 +190,37 @@ def test_after_a_goaway_what_is_answered_goes_on_and_the_rest_is_told(world: Wor
     goaway = (8).to_bytes(3) + bytes((7, 0)) + bytes(4) + (1).to_bytes(4) + bytes(4)
     world.client.received(goaway)
     assert second.failure is not None
-    assert (second.failure.code, second.failure.unseen) == ("backend_unavailable", True)
+    assert (second.failure.code, second.failure.unseen, second.failure.outrun) == ("backend_unavailable", True, True)
     assert world.client.room == 0
     world.server.send_data(1, b"the rest", end_stream=True)
     world.client.received(world.server.data_to_send())
     assert (first.data, first.ended) == (b"the rest", True)
     assert world.transport.fd == -1
     assert world.pool.said[-1] == "gone"
+
+
+def test_an_answer_with_a_length_harms_nobody(world: World) -> None:
+    _, first = world.ask()
+    _, second = world.ask()
+    world.server.send_headers(1, [(":status", "429"), ("content-length", "4")])
+    world.server.send_data(1, b"full", end_stream=True)
+    world.server.send_headers(3, HEAD)
+    world.server.send_data(3, b"fine", end_stream=True)
+    world.exchange_bytes()
+    assert (first.status, first.data, first.ended) == (429, b"full", True)
+    assert (second.data, second.ended) == (b"fine", True)
+    assert world.transport.fd >= 0
+
+
+@pytest.mark.parametrize(("last", "code"), [(0, 0), (1, 11)])
+def test_a_goaway_of_one_who_answers_nobody_or_complains_is_no_connection_at_its_end(
+    world: World, last: int, code: int
+) -> None:
+    world.ask()
+    _, second = world.ask()
+    world.client.received((8).to_bytes(3) + bytes((7, 0)) + bytes(4) + last.to_bytes(4) + code.to_bytes(4))
+    assert second.failure is not None
+    assert (second.failure.unseen, second.failure.outrun) == (True, False)
 
 
 @pytest.mark.parametrize(
