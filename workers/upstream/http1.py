@@ -8,7 +8,8 @@ and calls the `on_...` methods; what they leave behind says how the connection m
     the connection ended first                           the end of the message if its head gave no length, else a fault
     bytes came while IDLE                                closed: some servers say farewell that way
 
-An answer's head is bounded here (the parser has no bound), its body by whoever takes it.
+An answer's heads (interim ones, too) and trailers are bounded here (the parser has no bound), its body by whoever
+takes it.
 """
 
 from collections.abc import Callable
@@ -54,12 +55,11 @@ class Http1:
         "_exchange",
         "_feed",
         "_fields",
-        "_head_bytes",
-        "_in_body",
         "_keep",
         "_loop",
         "_owner",
         "_parser",
+        "_quiet_bytes",
         "_to_eof",
         "_transport",
         "_uses",
@@ -76,9 +76,11 @@ class Http1:
         self._parser: httptools.HttpResponseParser | None = None
         self._feed: Callable[[bytes], None] | None = None
         """The parser's `feed_data` while there is an exchange."""
-        self._in_body = False
         self._fields: dict[str, str] | None = None
-        self._head_bytes = 0
+        self._quiet_bytes = 0
+        """What came since the last piece of the body, or before the first: heads, trailers, the chunks' own lines.
+        Below 0: a piece came just now.
+        """
         self._answered = False
         """A byte of the answer has come."""
         self._keep = False
@@ -95,7 +97,7 @@ class Http1:
         exchange.carrier = self
         self._exchange = exchange
         self._answered = self._keep = self._to_eof = False
-        self._head_bytes = 0
+        self._quiet_bytes = 0
         self._uses += 1
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
@@ -134,7 +136,6 @@ class Http1:
     def _let_go(self) -> None:
         """Of the parser, which holds our bound methods: a circle."""
         self._parser = self._feed = None
-        self._in_body = False
 
     def _close(self) -> None:
         self._exchange = None
@@ -152,21 +153,22 @@ class Http1:
         if feed is None:
             self._close()
             return
-        in_body = self._in_body
         try:
             feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._faulty(error)
             return
-        if in_body and self._in_body:  # nearly always
+        if self._quiet_bytes < 0:  # nearly always
+            self._quiet_bytes = 0
             return
         self._answered = True
-        if not in_body:
-            self._head_bytes += len(data)
-        if self._head_bytes > HEAD_MAX_BYTES and self._fields is not None:
-            self._fail("backend_head_too_large", f"the head has more than {HEAD_MAX_BYTES} bytes")
-        elif self._exchange is None and self._transport.fd >= 0:
-            self._ended()
+        if self._exchange is None:
+            if self._transport.fd >= 0:
+                self._ended()
+            return
+        self._quiet_bytes += len(data)
+        if self._quiet_bytes > HEAD_MAX_BYTES:
+            self._fail("backend_head_too_large", f"a head or trailers of more than {HEAD_MAX_BYTES} bytes")
 
     def _faulty(self, error: Exception) -> None:
         """A message that ended before the fault is whole: its length was a lie, and the connection is closed."""
@@ -219,7 +221,7 @@ class Http1:
         if status < 200:
             return
         exchange.status = status
-        self._in_body = True
+        self._answered = True
         self._to_eof = "content-length" not in fields and "transfer-encoding" not in fields
         try:
             exchange.receiver.response(status, fields)
@@ -228,6 +230,7 @@ class Http1:
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
+        self._quiet_bytes = -1
         exchange = self._exchange
         if exchange is not None:
             try:
@@ -241,7 +244,7 @@ class Http1:
         if exchange is None or parser is None or not exchange.status:
             return
         self._exchange = self._feed = None
-        self._in_body = False
+        self._quiet_bytes = 0
         self._keep = parser.should_keep_alive()
         self._complete(exchange)
 

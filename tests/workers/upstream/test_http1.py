@@ -226,3 +226,37 @@ def test_random_bytes_never_do_more_than_end_the_connection(pieces: list[bytes])
         assert listener.error is None
     finally:
         world.loop.selector.close()
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", CHUNKED, CHUNKED + b"3\r\none\r\n3;x=", CHUNKED + b"3\r\none\r\n0\r\nx-trailer: "]
+)
+def test_what_is_neither_head_nor_body_is_bounded_too(world: World, begun: bytes) -> None:
+    _, listener = world.ask()
+    world.connection.received(begun or b"HTTP/1.1 200 OK\r\nx: ")
+    for _ in range(HEAD_MAX_BYTES // 4096 + 1):
+        if world.transport.fd >= 0:
+            world.connection.received(b"a" * 4096 if not begun.endswith(b"\r\n\r\n") else b"0" * 4096)
+    assert listener.failure is not None
+    assert listener.failure.code in ("backend_head_too_large", "backend_garbled")
+    assert world.transport.fd < 0
+
+
+def test_interim_answers_without_end_are_no_answer(world: World) -> None:
+    _, listener = world.ask()
+    for _ in range(HEAD_MAX_BYTES // 20 + 1):
+        if world.transport.fd >= 0:
+            world.connection.received(b"HTTP/1.1 103 Hints\r\n\r\n")
+    assert listener.failure is not None
+    assert listener.failure.code == "backend_head_too_large"
+
+
+def test_chunks_whose_lines_come_alone_may_be_many(world: World) -> None:
+    _, listener = world.ask()
+    world.connection.received(CHUNKED)
+    for _ in range(HEAD_MAX_BYTES // 3 + 1):
+        for piece in (b"3\r\n", b"abc", b"\r\n"):
+            world.connection.received(piece)
+    world.connection.received(b"0\r\n\r\n")
+    assert listener.ended
+    assert world.pool.said == ["idle"]
