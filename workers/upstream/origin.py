@@ -79,6 +79,7 @@ class Origin:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # amid which nothing could be written
         context.set_alpn_protocols(["h2", "http/1.1"] if settings.http2.enabled else ["http/1.1"])
         return context
 

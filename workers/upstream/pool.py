@@ -145,8 +145,10 @@ class Pool:
         self._dials.discard(dial)
         self._metrics.count("forkd_backend_connections_total", self._name)
         origin = self._origin
-        spoken = self._protocol or (protocol or "http/1.1")
+        # What TLS told of one connection need not be so of the next: the upstream may be several, or a new release.
+        spoken = origin.protocol or protocol or "http/1.1"
         if spoken == "h2":
+            self._protocol = origin.protocol
             connection = Http2(
                 self._loop, self, transport, self._settings.http2, origin.scheme, origin.authority, origin.base_path
             )
