@@ -1,6 +1,7 @@
 # Every target sets up what it needs, and says so.
 PYTHON ?= python3
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 export PYTHON
@@ -11,6 +12,7 @@ help:
 	@echo "make test            lint and all tests, with real Apache, PHP and browser (root or sudo; TEST_ARGS=...)"
 	@echo "make lint            ruff, mypy --strict, the C compiler's warnings"
 	@echo "make bench           forkd beside the physical limit (BENCH_ARGS=..., see scripts/bench/README.md)"
+	@echo "make chaos           reloads, upgrades and kills under load: who notices? (CHAOS_ARGS=--short, docs/chaos.md)"
 	@echo "make module          build the Apache module;  make install-module  install and enable it (root)"
 	@echo "make install         install forkd itself into /opt/forkd, with a service for systemd (root)"
 	@echo "make uninstall       remove it, but for configuration and data (root; PURGE=1: those too)"
@@ -36,6 +38,10 @@ bench:
 	@scripts/bootstrap $(if $(findstring --rival,$(BENCH_ARGS)),rivals,bench)
 	@exec .venv/bin/python scripts/bench/bench.py $(BENCH_ARGS)
 
+chaos:
+	@scripts/bootstrap bench
+	@exec .venv/bin/python scripts/chaos.py $(CHAOS_ARGS)
+
 module:
 	@$(MAKE) -s -C apache module
 
@@ -52,4 +58,4 @@ clean:
 	rm -rf build .venv *.egg-info
 	@$(MAKE) -s -C apache clean
 
-.PHONY: help demo demo-apache test lint bench module install-module install uninstall clean
+.PHONY: help demo demo-apache test lint bench chaos module install-module install uninstall clean

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
 
 from tests.harness import Forkd, connect, open_fds, read_answer, read_answers, send, wait_for
+from tests.system import crowd
 from tests.system.crowd import begun, fate, fates, hand_over_many, prompt, ready_pids, settled
 from tests.system.succession import (
     Load,
@@ -499,15 +499,22 @@ def test_a_variable_that_somebody_else_set(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def python_for_all() -> Iterator[None]:
-    """Skips where `nobody` may not run this Python, which an upgrade has to do as such."""
+def python_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the daemon run by a Python that `nobody` may run: an upgrade starts it as such. This one may be in a home."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another")
-    with contextlib.suppress(subprocess.CalledProcessError, PermissionError):
-        subprocess.run([sys.executable, "-c", "import msgspec"], check=True, user="nobody", group="nogroup", env={})
-        yield
-        return
-    pytest.skip("nobody may not run this Python")
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *(entry for entry in sys.path if "site-packages" in entry)])
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        with contextlib.suppress(subprocess.CalledProcessError, OSError):
+            environ = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+            check = "import forkd.cli, workers.main, prometheus_client"
+            subprocess.run(
+                [python, "-P", "-c", check], check=True, user="nobody", group="nogroup", env=environ, cwd="/"
+            )
+            monkeypatch.setenv("PYTHONPATH", path)
+            monkeypatch.setattr(crowd, "CRASHING", (python, *crowd.CRASHING[1:]))
+            return
+    pytest.skip("there is no Python that nobody may run")
 
 
 @pytest.mark.usefixtures("python_for_all")
