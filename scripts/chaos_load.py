@@ -77,7 +77,8 @@ def verdict(raw: bytes, expected: bytes, *, reset: bool) -> str:
     if body == expected:
         return COMPLETE
     if body.startswith(expected):
-        return COMPLETE_AND_MORE if body[len(expected) :].startswith(b"event: error\n") else "garbled"
+        # Perhaps behind a line end, in case what was said last had been cut.
+        return COMPLETE_AND_MORE if body[len(expected) :].lstrip(b"\n").startswith(b"event: error\n") else "garbled"
     text, error, told = body.partition(b"event: error\ndata: ")
     if not error:
         return "silent end" if expected.startswith(body) else "garbled"
