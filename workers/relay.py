@@ -141,7 +141,7 @@ class RelaySource:
             read = store.load(wanted, backend.settings.attachment_types, settings.max_attachment_bytes)
             return backend.request(handoff, request_id, read)
 
-        context.files.run(prepare, self._prepared)
+        context.files.run(prepare, self._prepared, self.crashed)
 
     def _prepared(self, request: HttpRequest | Exception) -> None:
         stream = self._stream
@@ -280,7 +280,7 @@ class RelaySource:
 
     def failed(self, failure: upstream.Failure) -> None:
         """There is no answer, or no more of it."""
-        self._exchange = None
+        exchange, self._exchange = self._exchange, None
         stream = self._stream
         if stream is None:
             return
@@ -292,10 +292,14 @@ class RelaySource:
             self._fail(failure.code, failure.detail)
         elif self._refusal is not None:
             self._refused()
-        elif failure.outrun:  # costs no retry: each of these connections answers somebody, so it comes to an end
-            self._note_retry(failure.code, failure.detail)
-            self._ask(fresh=True)
-        elif failure.stale and (failure.unseen or self._backend.repeatable):
+        elif failure.outrun or (
+            failure.stale
+            and exchange is not None
+            and not exchange.fresh
+            and (failure.unseen or self._backend.repeatable)
+        ):
+            # Neither costs a retry. Connections that run out answer somebody each, so it comes to an end; one that died
+            # is made up for once, or an upstream that breaks every connection would be asked without end.
             self._note_retry(failure.code, failure.detail)
             self._ask(fresh=True)
         else:

@@ -1,0 +1,60 @@
+"""The relay and upstreams that would be asked without end, or would have it wait without end."""
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.harness import read_answer, running
+
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
+
+@contextlib.contextmanager
+def upstream(serve: Callable[[socket.socket], None]) -> Iterator[tuple[str, list[int]]]:
+    """A server that does `serve` with each connection. Its address, and the connections that it has had (to count)."""
+    seen: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    seen.append(connection.fileno())
+                    with connection, contextlib.suppress(OSError):
+                        serve(connection)
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1", seen
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def breaks_when_asked(connection: socket.socket) -> None:
+    """HTTP/2 as far as SETTINGS; a request is answered by a RST of TCP."""
+    got = connection.recv(65536)
+    time.sleep(0.1)  # meanwhile many gather
+    connection.sendall(SETTINGS)
+    while b"\x00\x01\x04" not in got and b"prompt" not in got and b"messages" not in got:
+        if not (data := connection.recv(65536)):
+            return
+        got += data
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_an_upstream_that_breaks_every_connection_is_asked_so_many_times(tmp_path: Path) -> None:
+    with upstream(breaks_when_asked) as (base, seen):
+        backend = {"provider": "openai", "api_base": base, "retries": 1, "http2": {"enabled": "force"}}
+        config = {"workers": {"count": 1}, "default_backend": "openai", "backends": {"openai": backend}}
+        with running(tmp_path, config=config) as forkd:
+            clients = [forkd.hand_over(json.dumps({"prompt": "Hello"}).encode()) for _ in range(60)]
+            for client in clients:
+                assert read_answer(client).json["code"] == "backend_reset"
+            forkd.wait_for_metric("daemon_backend_errors_total", len(clients), backend="openai")
+            assert forkd.metric("forkd_backend_retries_total", code="backend_reset") <= 2 * len(clients)
+        assert len(seen) <= 2 * len(clients)
