@@ -594,7 +594,7 @@ class Master:
             assert self._heritage is not None
             self._log.info("telling the master before us (pid %d) to end its streams too", self._heritage.old_pid)
             try:
-                os.kill(self._heritage.old_pid, signal.SIGTERM)  # it drains, so this is its second word
+                os.kill(self._heritage.old_pid, signal.SIGQUIT)  # a TERM would leave it the time of a stop
             except OSError:
                 pass
 

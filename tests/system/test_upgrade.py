@@ -546,3 +546,19 @@ def test_a_program_that_the_master_may_not_run_any_more(tmp_path: Path) -> None:
         os.kill(forkd.pid, signal.SIGUSR2)
         wait_for_log(forkd, "the upgrade failed: cannot start a new master: No such file or directory; going on")
         assert fate(forkd.ask()) == "complete"
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM)])
+def test_a_stop_at_once_reaches_the_master_that_still_drains(
+    tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    with daemon(tmp_path) as forkd:
+        clients = still(forkd, 5)
+        old = hand_down(forkd)
+        for number in numbers:
+            os.kill(forkd.pid, number)
+            wait_for_log(forkd, "finishing 0 streams")
+        assert fates(read_answers(clients)) == {"shutdown": 5}
+        assert old.wait(20) == 0
+        forkd.stop()
+        wait_for(lambda: not family(tmp_path), "no process is left")
