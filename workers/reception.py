@@ -152,7 +152,7 @@ class Reception:
         """The code to refuse the handoff with, or "" with a warning logged where defaults will do."""
         if request.fault is not None:
             code, fault = "bad_handoff", request.fault
-        elif request.data.prompt is None and request.data.messages is None:
+        elif not backend.has_question(request.data):
             code, fault = "no_prompt", "no prompt"
         else:
             return ""

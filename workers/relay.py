@@ -18,6 +18,7 @@ import email.utils
 import random
 import re
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from workers.stream import Stream
 
 ERROR_BODY_BYTES: Final = 65536
+PARTS_MAX: Final = 1000
+"""So many parts of an answer have their tokens counted. An upstream that made up more would fill the memory."""
 BACKOFF_SECS: Final = 0.5
 BACKOFF_MAX_SECS: Final = 8.0
 DAY_SECS: Final = 86400.0
@@ -109,7 +112,8 @@ class RelaySource:
         self._retry_after = 0.0
         self._finished = False
         self._paused = False
-        self._usage: Usage | None = None
+        self._usage: dict[str, Usage] | None = None
+        """By the part of the answer that it is of."""
         now = context.loop.now
         self._deadline = now + backend.settings.first_byte_timeout_secs
         self._heard_at = now
@@ -191,10 +195,9 @@ class RelaySource:
         if files is not None:
             store = self._context.attachments
             self._context.files.run(lambda: store.delete(files), _deleted)
-        usage = self._usage
         stream.model = self.model
-        if usage is not None:
-            stream.input_tokens, stream.output_tokens = usage
+        if self._usage is not None:
+            stream.input_tokens, stream.output_tokens = _total(self._usage)
         self._account(stream)
 
     def check(self, now: float) -> float:
@@ -397,13 +400,7 @@ class RelaySource:
         elif isinstance(piece, str):
             self._text(stream, piece, raw)
         elif isinstance(piece, Usage):
-            known = self._usage
-            if known is not None:
-                piece = Usage(
-                    known.input_tokens if piece.input_tokens is None else piece.input_tokens,
-                    known.output_tokens if piece.output_tokens is None else piece.output_tokens,
-                )
-            self._usage = piece
+            self._used(piece)
         elif isinstance(piece, Finish):
             self._finished = True
         elif isinstance(piece, Extra):
@@ -414,6 +411,20 @@ class RelaySource:
             self._done(stream)
         elif isinstance(piece, Failure):
             self._fail(piece.code, f"in mid-answer: {_plain(piece.said)}")
+
+    def _used(self, usage: Usage) -> None:
+        parts = self._usage
+        if parts is None:
+            parts = self._usage = {}
+        known = parts.get(usage.part)
+        if known is not None:
+            parts[usage.part] = Usage(
+                _larger(known.input_tokens, usage.input_tokens),
+                _larger(known.output_tokens, usage.output_tokens),
+                usage.part,
+            )
+        elif len(parts) < PARTS_MAX:
+            parts[usage.part] = usage
 
     def _skip(self, error: ValueError) -> None:
         context, stream = self._context, self._stream
@@ -439,20 +450,29 @@ class RelaySource:
         stream.fail(code, retry_after)
 
     def _account(self, stream: "Stream") -> None:
-        metrics, usage = self._context.metrics, self._usage
+        metrics = self._context.metrics
         name, label = self._backend.name, self._backend.label(self.model)
         first_at = stream.first_at
         if first_at:
             metrics.observe("forkd_backend_time_to_first_token_seconds", first_at - stream.started_at, name, label)
-        if usage is None:
-            return
-        if usage.input_tokens:
-            metrics.count("forkd_tokens_total", name, label, "input", amount=usage.input_tokens)
-        if usage.output_tokens:
-            metrics.count("forkd_tokens_total", name, label, "output", amount=usage.output_tokens)
-            if usage.output_tokens > 1 and self._last_at > first_at > 0:
-                between = (self._last_at - first_at) / (usage.output_tokens - 1)
+        if stream.input_tokens:
+            metrics.count("forkd_tokens_total", name, label, "input", amount=stream.input_tokens)
+        if stream.output_tokens:
+            metrics.count("forkd_tokens_total", name, label, "output", amount=stream.output_tokens)
+            if stream.output_tokens > 1 and self._last_at > first_at > 0:
+                between = (self._last_at - first_at) / (stream.output_tokens - 1)
                 metrics.observe("forkd_backend_time_per_output_token_seconds", between, name, label)
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    return one if other is None else other if one is None else max(one, other)
+
+
+def _total(parts: Mapping[str, Usage]) -> tuple[int | None, int | None]:
+    """The tokens of all parts, in and out; None where none of them said."""
+    read = [usage.input_tokens for usage in parts.values() if usage.input_tokens is not None]
+    written = [usage.output_tokens for usage in parts.values() if usage.output_tokens is not None]
+    return sum(read) if read else None, sum(written) if written else None
 
 
 def _deleted(_outcome: object) -> None:

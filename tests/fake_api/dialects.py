@@ -168,8 +168,8 @@ class Anthropic(Dialect):
 
     def tool_call(self) -> list[Event]:
         self.output_tokens += 1
-        pieces = [self._delta("input_json_delta", partial_json=piece) for piece in TOOL_ARGUMENTS]
-        return [*self._in("tool_use", id="toolu_1", name=TOOL, input={}), *pieces]
+        begun = self._in("tool_use", id="toolu_1", name=TOOL, input={})
+        return [*begun, *(self._delta("input_json_delta", partial_json=piece) for piece in TOOL_ARGUMENTS)]
 
     def finish(self, reason: str = "") -> list[Event]:
         delta = {"stop_reason": reason or "end_turn", "stop_sequence": None}
@@ -219,7 +219,10 @@ class Anthropic(Dialect):
 
 
 class LangGraph(Dialect):
-    """Runs of a graph, with and without a thread, in the stream modes `messages-tuple`, `updates` and `values`."""
+    """Runs of a graph, with and without a thread, in the stream modes `messages-tuple`, `updates` and `values`.
+
+    What follows a `finish` is another call of the model, with a message and a usage of its own.
+    """
 
     spelling: ClassVar[Spelling] = Spelling(line_end="\r\n")
 
@@ -231,6 +234,7 @@ class LangGraph(Dialect):
         self._messages: list[Any] = list(given.get("messages", [])) if isinstance(given, dict) else []
         self._assistant = str(request.get("assistant_id", "agent"))
         self._said = ""
+        self._message = 1
         self._ids = count()
 
     def opening(self) -> list[Event]:
@@ -262,8 +266,9 @@ class LangGraph(Dialect):
             "total_tokens": INPUT_TOKENS + self.output_tokens,
         }
         last = self._chunk(response_metadata={"finish_reason": reason or "stop"}, usage_metadata=usage)
-        message = {"content": self._said, "type": "ai", "id": "run-fake", "usage_metadata": usage}
+        message = {"content": self._said, "type": "ai", "id": f"run-{self._message}", "usage_metadata": usage}
         self._messages.append(message)
+        self._message, self._said, self.output_tokens = self._message + 1, "", 0
         if "updates" in self._modes:
             last.append(self._event("updates", {"agent": {"messages": [message]}}))
         return [*last, *self._values()]
@@ -289,7 +294,7 @@ class LangGraph(Dialect):
             "response_metadata": {},
             "type": "AIMessageChunk",
             "name": None,
-            "id": "run-fake",
+            "id": f"run-{self._message}",
             "tool_calls": [],
             "invalid_tool_calls": [],
             "usage_metadata": None,

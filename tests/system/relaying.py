@@ -27,14 +27,16 @@ class Relay(NamedTuple):
 def relaying(
     directory: Path,
     *,
+    provider: str = "openai",
     server: dict[str, Any] | None = None,
     trust: bool = True,
     api: dict[str, Any] | None = None,
     **own: Any,
 ) -> Iterator[Relay]:
-    """A fake API made with `api`, and a forkd with one worker whose openai backend has these settings."""
+    """A fake API made with `api`, and a forkd with one worker whose only real backend has these settings."""
     with FakeApi(**(api or {})) as fake:
-        backend: dict[str, Any] = {"provider": "openai", "api_base": fake.base, "api_key": "sk-secret-key"}
+        base = fake.root if provider == "langgraph" else fake.base
+        backend: dict[str, Any] = {"provider": provider, "api_base": base, "api_key": "sk-secret-key"}
         if fake.unix_path:
             backend["api_socket"] = fake.unix_path
         if fake.ca_file and trust:
@@ -42,8 +44,8 @@ def relaying(
         config = {
             "server": server or {},
             "workers": {"count": 1},
-            "default_backend": "openai",
-            "backends": {"openai": {**backend, **own}},
+            "default_backend": provider,
+            "backends": {provider: {**backend, **own}},
         }
         with running(directory, config=config) as forkd:
             yield Relay(fake, forkd)

@@ -22,6 +22,10 @@ class Backend(ABC):  # noqa: B024 - its shapes below are what is abstract
         self.encode: Callable[[str], bytes] = sse.content_event
         """Makes the event that carries a piece of text to the client."""
 
+    def has_question(self, data: HandoffData) -> bool:
+        """Whether there is anything to answer in the data."""
+        return data.prompt is not None or data.messages is not None
+
 
 class PacedBackend(Backend):
     """Answers from itself, at a pace of its own."""
@@ -34,10 +38,14 @@ class PacedBackend(Backend):
 
 
 class Usage(NamedTuple):
-    """The tokens of this answer, as the API counts them; None: not said here. A later one replaces an earlier one."""
+    """The tokens of this answer, as the API counts them so far; None: not said here. Of what is said repeatedly the
+    largest counts.
+    """
 
     input_tokens: int | None
     output_tokens: int | None
+    part: str = ""
+    """The name of the part of the answer whose tokens these are, where an answer has several. They are added up."""
 
 
 class Finish(NamedTuple):

@@ -71,6 +71,7 @@ class _Call(msgspec.Struct, gc=False):
 class _Message(msgspec.Struct, gc=False):
     content: str | list[Any] | None = None
     type: str | None = None
+    id: str | None = None
     additional_kwargs: _Kwargs | None = None
     response_metadata: _Metadata | None = None
     usage_metadata: _Usage | None = None
@@ -104,6 +105,11 @@ class LangGraphBackend(HttpBackend):
 
     def model(self, data: HandoffData) -> str:
         return data.assistant_id or self._own.assistant_id
+
+    def has_question(self, data: HandoffData) -> bool:
+        """An input of the application's own is one, and so may be a `command`: `request` will see."""
+        own = bytes(data.langgraph_input) not in _NONE or "command" in self._own.pass_through
+        return own or super().has_question(data)
 
     def request(self, handoff: Request, request_id: str, attachments: Mapping[str, Attachment]) -> HttpRequest:
         data = handoff.data
@@ -220,7 +226,9 @@ class LangGraphBackend(HttpBackend):
             if reason not in _NOT_THE_END:
                 said.append(Finish(reason))
         if (usage := message.usage_metadata) is not None:
-            counted = Usage(pieces.tokens(usage.input_tokens), pieces.tokens(usage.output_tokens))
+            # A run may call models many times, each for a message of its own; `values` repeats the messages.
+            part = (message.id or "")[:128]
+            counted = Usage(pieces.tokens(usage.input_tokens), pieces.tokens(usage.output_tokens), part)
             if "usage" in wanted:
                 said.append(pieces.usage(counted))
             said.append(counted)

@@ -121,7 +121,8 @@ def reasoning(text: str) -> Extra:
 
 def usage(counted: Usage) -> Extra:
     """What is known of the tokens so far."""
-    return extra("usage", {name: number for name, number in counted._asdict().items() if number is not None})
+    numbers = {"input_tokens": counted.input_tokens, "output_tokens": counted.output_tokens}
+    return extra("usage", {name: number for name, number in numbers.items() if number is not None})
 
 
 def finish(reason: str) -> Extra:
