@@ -66,6 +66,8 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "DAEMON_LOG_FORMAT": "logging.format",
 }
 
+_IN_A_URL: Final = re.compile(r"[!-~]+")
+
 # Variables that the reference reads and forkd has no use for.
 OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
     "DAEMON_HANDOFF_BUFFER_SIZE": "a handoff is received whole, whatever its size; server.max_data_bytes bounds it",
@@ -216,7 +218,13 @@ def _check_principals(key: str, value: str | int | tuple[str | int, ...] | None,
 def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:
     try:
         url = urlsplit(backend.api_base)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        # Anything else would have to be encoded, and what is asked for would not be what is written here.
+        good = (
+            url.scheme in ("http", "https")
+            and url.hostname
+            and url.port != 0
+            and _IN_A_URL.fullmatch(url.netloc + url.path)
+        )
     except ValueError:  # a port that is none, a bracket that does not close
         good = False
     if not good or "@" in url.netloc or url.query or url.fragment:

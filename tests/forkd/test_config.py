@@ -770,7 +770,11 @@ def test_a_bad_key_in_the_environment_names_the_variable_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["x", "ftp://x", "http://", "https:///v1", "http://x:port", "http://x:0", "http://[::1", "http://x#y"]
+    "url",
+    [
+        *("x", "ftp://x", "http://", "https:///v1", "http://x:port", "http://x:0", "http://[::1", "http://x#y"),
+        *("http://x/v 1", "http://x y/", "https://ex\u00e4mple.org/v1", "http://x/v\u00e9"),
+    ],
 )
 def test_what_is_no_api_base(load_text: Loader, url: str) -> None:
     (fault,) = faults(lambda: load_text(f"backends: {{openai: {{api_base: '{url}'}}}}"))
