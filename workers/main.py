@@ -33,6 +33,8 @@ MESSAGES_PER_TURN: Final = 64
 PAIRS_PER_MESSAGE: Final = 4096
 HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
 SWEEP_TICKS: Final = to_ticks(60.0)
+FILES_SECS: Final = 1.0
+"""How long the end waits for the last attachments to be deleted: threads do it, which end with the process."""
 
 _HANDLED: Final = (signal.SIGTERM, signal.SIGUSR1)
 _IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE)
@@ -113,6 +115,9 @@ class Worker:
             if context.finished or self._returned:
                 self._report()
             context.logs.sink.flush()
+        given_up_at = loop.now + FILES_SECS
+        while context.files.pending and loop.now < given_up_at:
+            loop.turn()
         self._store_totals()
         context.metrics.flush()
 

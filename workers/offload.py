@@ -87,6 +87,11 @@ class Offload:
                     return
         self._jobs.put(job)
 
+    @property
+    def pending(self) -> int:
+        """Calls whose outcome has not been given back."""
+        return self._pending
+
     def close(self) -> None:
         """Give nothing back any more, and let each thread end with what it is at. Waits for none of them."""
         self._closed = True

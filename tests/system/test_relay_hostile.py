@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import struct
 import threading
@@ -9,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.harness import read_answer, running
+from tests.harness import read_answer, reset, running, wait_for
+from tests.system.relaying import relaying
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
@@ -58,3 +61,21 @@ def test_an_upstream_that_breaks_every_connection_is_asked_so_many_times(tmp_pat
             forkd.wait_for_metric("daemon_backend_errors_total", len(clients), backend="openai")
             assert forkd.metric("forkd_backend_retries_total", code="backend_reset") <= 2 * len(clients)
         assert len(seen) <= 2 * len(clients)
+
+
+def test_a_worker_that_goes_leaves_no_attachments_behind(tmp_path: Path) -> None:
+    directory = tmp_path / "files"
+    directory.mkdir()
+    with relaying(tmp_path, server={"data_dir": str(directory)}) as relay:
+        for attempt in range(1, 4):
+            names = {f"a{number}": f"{attempt}-{number}" for number in range(20)}
+            for name in names.values():
+                (directory / name).write_text("private")
+            client = relay.begin("gate-headers", prompt="{a0}", attachments=names)
+            relay.api.wait_for(lambda api, asked=attempt: len(api.requests) == asked, "the request")
+            (worker,) = relay.forkd.workers()
+            os.kill(worker, signal.SIGTERM)
+            wait_for(lambda old=worker: set(relay.forkd.workers()) - {old}, "the next worker")
+            reset(client)  # the last one of the old worker
+            wait_for(lambda old=worker: old not in relay.forkd.workers(), "the worker's end")
+            assert not list(directory.iterdir())
