@@ -14,7 +14,7 @@ import pytest
 import requests
 from harness import Apache, public_dir
 
-from tests.harness import Answer, Forkd, running
+from tests.harness import Answer, Forkd, running, wait_for
 
 HTDOCS = Path(__file__).parents[2] / "apache" / "htdocs"
 WHOLE = "Hello! I am forkd's mock backend. Each of these words comes to you as its own server-sent event."
@@ -57,7 +57,8 @@ def test_a_stream_comes_through_php(whole: tuple[Apache, Forkd]) -> None:
     assert answer.header("x-socket-handoff") is None
     assert answer.text == WHOLE
     assert answer.complete
-    line = next(one for one in forkd.access_lines() if one["request_id"] == answer.header("x-request-id"))
+    own = answer.header("x-request-id")
+    line = wait_for(lambda: next((one for one in forkd.access_lines() if one["request_id"] == own), None), "its line")
     assert line["remote"] == "127.0.0.1"
     assert line["reason"] == "ok"
     assert line["user_id"] in (answer.header("set-cookie") or "")

@@ -5,6 +5,7 @@ every process has as many fds open afterwards as before.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -796,15 +797,18 @@ def test_silent_senders_cannot_use_up_the_fds(tmp_path: Path) -> None:
         wait_for(lambda: daemon.idle_fds() == before, "all fds given back")
 
 
-def highest_fd(pid: int) -> int:
-    return max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+def limit_with_room_for(pid: int, more: int) -> int:
+    """The RLIMIT_NOFILE under which a process can open so many more fds. (Its present ones may have gaps.)"""
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = (number for number in range(1 << 20) if number not in used)
+    return next(itertools.islice(free, more, None))
 
 
 def test_a_worker_out_of_fds_gives_its_clients_back(tmp_path: Path) -> None:
     slow = {"mock": {"provider": "mock", "token_delay_ms": 50}}
     with running(tmp_path, config={"backends": slow}) as daemon:
         poor, _ = daemon.workers()
-        limit = highest_fd(poor) + 4
+        limit = limit_with_room_for(poor, 3)
         with daemon.counting():
             resource.prlimit(poor, resource.RLIMIT_NOFILE, (limit, limit))
             clients = [daemon.hand_over(GOOD) for _ in range(20)]
@@ -819,7 +823,7 @@ def test_all_workers_out_of_fds_make_clients_wait(tmp_path: Path) -> None:
     config = {"workers": {"count": 1}, "server": {"queue_timeout_secs": 60}, "backends": slow}
     with running(tmp_path, config=config) as daemon:
         (poor,) = daemon.workers()
-        limit = highest_fd(poor) + 4
+        limit = limit_with_room_for(poor, 3)
         with daemon.counting():
             resource.prlimit(poor, resource.RLIMIT_NOFILE, (limit, limit))
             clients = [daemon.hand_over(GOOD) for _ in range(10)]

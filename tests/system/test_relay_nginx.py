@@ -52,8 +52,6 @@ http {{
 }}
 """
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="there is no nginx: scripts/bootstrap test")
-
 
 @dataclass
 class Nginx:

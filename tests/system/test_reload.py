@@ -214,12 +214,12 @@ def test_a_stop_during_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("FORKD_TEST_HUNG", str(hung))
     with daemon(tmp_path) as forkd:
         with connect(forkd.path) as sender:
-            clients = hand_over_many(sender, [prompt(backend="steady")] * 10)
+            clients = hand_over_many(sender, [prompt(backend="slow")] * 10)
         begun(clients)
         hung.touch()
         os.kill(forkd.pid, signal.SIGHUP)
         wait_for_log(forkd, "generation 2: starting 2 workers")
-        wait_for(lambda: len(family(tmp_path)) == 6, "they are starting, and stay so")
+        wait_for(lambda: len(family(tmp_path)) > 4, "one of them is starting, and stays so")
         left = family(tmp_path)
         os.kill(forkd.pid, number)
         assert fates(read_answers(clients)) == {"complete" if number == signal.SIGTERM else "shutdown": 10}
@@ -280,7 +280,7 @@ def test_a_new_worker_is_killed_during_a_reload(tmp_path: Path, monkeypatch: pyt
             def newborn() -> list[int]:
                 return [child.pid for child in psutil.Process(forkd.pid).children() if child.pid not in before]
 
-            wait_for(lambda: len(newborn()) == 2, "both are there")
+            wait_for(newborn, "one of them is there")
             victim = newborn()[0]
             os.kill(victim, signal.SIGKILL)
             wait_for_log(forkd, f"(pid {victim}) was killed by SIGKILL; streams: none in flight")

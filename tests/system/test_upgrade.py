@@ -359,7 +359,7 @@ def test_stream_senders(tmp_path: Path) -> None:
 def test_a_stop_during_an_upgrade_stops_both(tmp_path: Path, hung: Path, number: signal.Signals) -> None:
     with daemon(tmp_path) as forkd:
         with connect(forkd.path) as sender:
-            clients = hand_over_many(sender, [prompt(backend="steady")] * 10)
+            clients = hand_over_many(sender, [prompt(backend="slow")] * 10)
         begun(clients)
         hung.touch()
         begin_upgrade(forkd)
