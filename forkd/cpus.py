@@ -49,6 +49,6 @@ def _quota(directory: Path, *, v2: bool) -> float | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")  # the one that is always loaded
     except OSError:
         return ""
