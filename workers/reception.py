@@ -70,7 +70,7 @@ class Reception:
         """Let the stream be fed, or refuse it with `code`."""
         context = self._context
         self._warn_of_fields(stream, request)
-        context.metrics.observe("daemon_handoff_duration_seconds", context.loop.now - head.received_at)
+        context.metrics.observe("daemon_handoff_duration_seconds", max(0.0, context.loop.now - head.received_at))
         backend = None if code else self._backend(request, head.listener)
         if backend is not None:
             code = self._judge(stream, request, backend)
