@@ -282,7 +282,8 @@ class Forkd:
         found = []
         for child in psutil.Process(self.pid).children():
             with contextlib.suppress(psutil.Error):
-                if child.cmdline()[:1] and child.cmdline()[0].startswith("forkd: worker"):
+                line = child.cmdline()  # once: it may be dead by the second time
+                if line and line[0].startswith("forkd: worker"):
                     found.append(child.pid)
         return sorted(found)
 
