@@ -4,6 +4,8 @@ BENCH_ARGS ?=
 CHAOS_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Most tests wait most of the time, so there may be more of them at once than CPUs.
+TEST_JOBS ?= 4
 export PYTHON
 
 help:
@@ -27,7 +29,7 @@ demo-apache:
 
 test:
 	@scripts/bootstrap test
-	@lint=0; scripts/lint || lint=$$?; .venv/bin/python -m pytest $(TEST_ARGS) || exit $$?; \
+	@lint=0; scripts/lint || lint=$$?; .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS) || exit $$?; \
 		[ $$lint = 0 ] || { echo "The tests passed, but lint did not: make lint" >&2; exit 1; }
 
 lint:

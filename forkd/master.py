@@ -574,7 +574,6 @@ class Master:
 
     def _inherit(self, heritage: Heritage) -> None:
         """The old master is gone, in order or not: tidy up after it."""
-        self._log.info("upgrade: the old master is gone")
         os.close(heritage.old_fd)
         self._heritage = heritage._replace(old_fd=-1)
         if heritage.metrics_dir is not None:
@@ -582,6 +581,7 @@ class Master:
                 shutil.rmtree(heritage.metrics_dir, ignore_errors=True)
             else:
                 upgrade.clear_gauges(heritage.metrics_dir, SIDES[1 - SIDES.index(heritage.side)])
+        self._log.info("upgrade: the old master is gone")
 
     def _stop(self) -> None:
         if self._stage is Stage.STOPPING:

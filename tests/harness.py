@@ -211,6 +211,15 @@ def open_fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def fd_targets(pid: int) -> list[str]:
+    """What a process has open, for the message of a test that counted too many."""
+    targets = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            targets.append(f"{name}: {os.readlink(f'/proc/{pid}/fd/{name}')}")
+    return sorted(targets)
+
+
 def own_fds() -> int:
     """How many fds this process has open, without those that wait for the garbage collector."""
     gc.collect()
@@ -357,8 +366,15 @@ class Forkd:
         while (found := news()) != expected:
             assert time.monotonic() < end, f"counted {found}, not {expected}"
             time.sleep(0.05)
-        while (left := self.idle_fds()) != fds:
-            assert time.monotonic() < end, f"fds leaked: {fds} became {left}"
+        self.wait_for_fds(fds)
+
+    def wait_for_fds(self, before: tuple[int, ...]) -> None:
+        """Wait until the master and the workers have as many fds as `idle_fds` said before."""
+        end = time.monotonic() + PATIENCE_SECS
+        while (left := self.idle_fds()) != before:
+            if time.monotonic() > end:
+                held = {pid: fd_targets(pid) for pid in [self.pid, *self.workers()]}
+                raise AssertionError(f"fds leaked: {before} became {left}: {held}")
             time.sleep(0.02)
 
     def idle_fds(self) -> tuple[int, ...]:

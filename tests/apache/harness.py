@@ -9,6 +9,7 @@ fixture and ends with it. Run by root, Apache serves as www-data, which must be 
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -74,7 +75,9 @@ def public_dir(mode: int = 0o755) -> Iterator[Path]:
 
 def build_module() -> Path:
     """Bring `apache/build/mod_socket_handoff.so` up to date and return its path."""
-    subprocess.run(["make", "-s", "-C", str(ROOT / "apache"), "module"], check=True, stdout=subprocess.DEVNULL)
+    with open(ROOT / "apache" / "Makefile") as lock:  # several processes test at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "-s", "-C", str(ROOT / "apache"), "module"], check=True, stdout=subprocess.DEVNULL)
     return MODULE
 
 

@@ -645,7 +645,7 @@ def test_thousands_of_silent_senders_do_not_keep_a_real_one_out(tmp_path: Path) 
         for sock in silent[:-1]:
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 sock.send(GOOD)
-        wait_for(lambda: daemon.idle_fds() == before, "all fds given back")
+        daemon.wait_for_fds(before)
         assert daemon.ask(GOOD).complete
 
 
@@ -751,7 +751,7 @@ def test_a_master_short_of_fds_lets_them_wait_and_recovers(tmp_path: Path, limit
         daemon.wait_for_metric("forkd_handoff_errors_total", len(refused), code="no_capacity")
         assert daemon.counts("forkd_handoff_errors_total").keys() <= {"no_capacity", "out_of_fds"}
         assert refused or "not accepting handoffs for a moment" in daemon.log()
-        wait_for(lambda: daemon.idle_fds() == before, "all fds given back")
+        daemon.wait_for_fds(before)
         assert daemon.ask(GOOD).complete
 
 
@@ -782,7 +782,7 @@ def test_a_master_short_of_fds_loses_no_client_of_a_persistent_sender(tmp_path: 
         assert {answer.status for answer in answers} <= {200, 503}
         assert all(answer.complete for answer in answers if answer.status == 200)
         stack.close()
-        wait_for(lambda: daemon.idle_fds() == before, "all fds given back")
+        daemon.wait_for_fds(before)
         assert daemon.ask(GOOD).complete
 
 
@@ -794,7 +794,7 @@ def test_silent_senders_cannot_use_up_the_fds(tmp_path: Path) -> None:
             stack.enter_context(connect(daemon.path))
         assert daemon.ask(GOOD).complete
         stack.close()
-        wait_for(lambda: daemon.idle_fds() == before, "all fds given back")
+        daemon.wait_for_fds(before)
 
 
 def limit_with_room_for(pid: int, more: int) -> int:

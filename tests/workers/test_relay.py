@@ -1,5 +1,6 @@
 """RelaySource beside a pool that does what the test says."""
 
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from forkd.settings import OpenAiBackend as Settings
+from tests.harness import PATIENCE_SECS
 from tests.workers.kit import World
 from workers.attachments import Attachments
 from workers.backends.openai import OpenAiBackend
@@ -64,5 +66,8 @@ def test_a_bug_met_after_the_attachments_were_read_ends_the_stream_at_once(world
     pool.error = ValueError("a header field holds what cannot be sent")
     began = world.loop.now
     client = begin(world, pool, b'{"prompt":"{note}","attachments":{"note":"note"}}', first_byte_timeout_secs=600)
+    select.select(
+        [world.context.files._wakeup_fd], [], [], PATIENCE_SECS
+    )  # the thread's time is not the loop's
     assert world.read(client).json["code"] == "internal_error"
     assert world.loop.now - began < 600
