@@ -66,8 +66,6 @@ def test_a_bug_met_after_the_attachments_were_read_ends_the_stream_at_once(world
     pool.error = ValueError("a header field holds what cannot be sent")
     began = world.loop.now
     client = begin(world, pool, b'{"prompt":"{note}","attachments":{"note":"note"}}', first_byte_timeout_secs=600)
-    select.select(
-        [world.context.files._wakeup_fd], [], [], PATIENCE_SECS
-    )  # the thread's time is not the loop's
+    select.select([world.context.files._wakeup_fd], [], [], PATIENCE_SECS)  # the thread's time is not the loop's
     assert world.read(client).json["code"] == "internal_error"
     assert world.loop.now - began < 600
