@@ -13,7 +13,7 @@ not come to pass. Every ending below is therefore chosen to be harmless in that 
     OPENING    the head is being written                          end it: a 502 head and `event: error`
     OPEN       head out, last event whole                         end it: `event: error`
     PARTIAL    a short write left half an event                   end it: LF, then `event: error`
-    FOREIGN    the client belongs to a program, or is a bare body close; say nothing
+    FOREIGN    the client belongs to a program, or is a bare body close; say nothing (a bare body: by a reset)
     ENDED      done, unreported                                   close
 
 In OPENING a 200 head may be out already: then the 502's lines are SSE fields of unknown names, which a parser ignores

@@ -314,7 +314,7 @@ def _backends(path: str | None, settings: Settings, *, asks: bool) -> Iterator[F
 def _used(path: str | None, settings: Settings) -> list[str]:
     """The default backend, those of listeners, and those that somebody wrote."""
     names = {settings.default_backend: None}
-    names |= {listener.backend: None for listener in settings.listeners if listener.backend is not None}
+    names |= {name: None for listener in settings.listeners if (name := listener.named_backend) is not None}
     written = strictyaml.read(path)[0] if path is not None else None
     if isinstance(written, dict) and isinstance(written.get("backends"), dict):
         names |= dict.fromkeys(written["backends"])

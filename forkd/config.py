@@ -23,6 +23,7 @@ import msgspec
 
 from forkd import strictyaml
 from forkd.convert import Walk, kind_of, shown
+from forkd.handoff_data import HandoffData
 from forkd.settings import (
     AnthropicBackend,
     Backend,
@@ -37,7 +38,7 @@ from forkd.settings import (
 
 # What this version can do of what can be configured. A new feature is let in here, and nowhere else.
 AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph"})
-AVAILABLE_PROTOCOLS: Final = frozenset({"handoff"})
+AVAILABLE_PROTOCOLS: Final = frozenset({"handoff", "fdpass"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
 # The reference's variables and those that are like them, and what each sets.
 ENVIRONMENT: Final[Mapping[str, str]] = {
@@ -76,6 +77,14 @@ OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un.sun_path less its NUL: unix(7)
 MAX_KEY_FILE_BYTES: Final = 65_536
+_TYPE_NAMES: Final = {
+    "str": "a string",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+}
 MODES_WITHOUT_TEXT: Final = ("custom", "tasks", "debug", "events")
 
 
@@ -179,10 +188,35 @@ def _check_listener(
     for name in UNAVAILABLE_LISTENER_KEYS:
         if getattr(listener, name):
             walk.fault(f"{key}.{name}", f"{name} is not available in this version")
-    if listener.data is not None and listener.protocol != "fdpass":
+    if listener.data is not None and not listener.bare:
         walk.fault(f"{key}.data", "only a listener with protocol fdpass has data of its own")
     if listener.backend is not None:
         _check_backend(settings, f"{key}.backend", listener.backend, walk)
+    if listener.bare:
+        _check_bare(key, listener, settings, walk)
+
+
+def _check_bare(key: str, listener: ListenerSettings, settings: Settings, walk: Walk) -> None:
+    """What a listener needs whose senders say nothing."""
+    if listener.type == "seqpacket":
+        walk.fault(f"{key}.type", "mod_proxy_fdpass connects to a stream socket; write stream, or leave it out")
+    try:
+        data = msgspec.json.decode(msgspec.json.encode(listener.data or {}), type=HandoffData, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        walk.fault(f"{key}.data{where.removesuffix('`')}", re.sub(r"`(.*?)`", _in_words, what[0].lower() + what[1:]))
+        return
+    if data.backend is not None:
+        _check_backend(settings, f"{key}.data.backend", data.backend, walk)
+    name = listener.named_backend or settings.default_backend
+    asked = {"prompt", "messages", "langgraph_input"} & (listener.data or {}).keys()
+    if isinstance(settings.backends.get(name), HttpBackend) and not asked:
+        walk.fault(f"{key}.data", f"{name} asks an API, and mod_proxy_fdpass says not what: needs a prompt or messages")
+
+
+def _in_words(named: re.Match[str]) -> str:
+    """What a type is called by whoever writes YAML, for msgspec's name of it."""
+    return " or ".join(_TYPE_NAMES.get(one, one) for one in named[1].split(" | ") if one != "null") or "null"
 
 
 def _check_backend(settings: Settings, key: str, name: str, walk: Walk) -> None:

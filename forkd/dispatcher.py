@@ -4,9 +4,11 @@ A handoff goes to the ready worker with the fewest active streams (ties rotate; 
 two may go to the same worker, because to wake one worker is cheaper than two), past those whose channel is full and
 those whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full,
 waits too long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a
-client, by one send that cannot block, and only to a client to whom nothing has been said.
+client, by one send that cannot block, and only to a client to whom nothing has been said. A client whose body is bare
+(`forkd.board.Kind`) has its head from Apache: all that can still be said to it is a reset.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -15,7 +17,8 @@ from collections.abc import Callable
 from logging import Logger
 from typing import Final
 
-from forkd.board import Board, State
+from forkd import handoff
+from forkd.board import Board, Kind, State
 from forkd.channel import PAYLOAD_IN_MEMFD, Assignment, Down, end_body, send_down
 from forkd.ledger import InFlight, Ledger, Verdict
 from forkd.metrics import Metrics
@@ -76,15 +79,23 @@ class Dispatcher:
         return len(self._queue) + len(self._arrived)
 
     def receive(
-        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
+        self,
+        fd: int,
+        data_fd: int,
+        payload: bytes,
+        flags: int,
+        listener: int,
+        now: float,
+        code: str = "",
+        kind: Kind = Kind.PLAIN,
     ) -> None:
         """A handoff arrived. Takes over `fd` and `data_fd` (-1: none). With `code` the client is only to be told."""
         metrics = self._metrics
         metrics.count("daemon_connections_total")
         metrics.count("daemon_handoffs_total")
-        entry = self._ledger.admit(fd, data_fd, payload, flags, listener, now)
+        entry = self._ledger.admit(fd, data_fd, payload, flags, listener, now, kind)
         if entry is None:
-            self._refuse(fd, "no_capacity")
+            self._refuse(fd, "no_capacity", kind)
             os.close(fd)
             if data_fd >= 0:
                 os.close(data_fd)
@@ -174,7 +185,7 @@ class Dispatcher:
             outcome = self._ledger.judge(entry, killer=entry.slot == suspect)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if outcome == "closed":
-                self._hang_up(entry.fd)
+                self._close(entry)
                 self._ledger.release(entry)
             else:
                 entry.waits_since = now
@@ -260,19 +271,38 @@ class Dispatcher:
 
     def _give_up(self, entry: InFlight, code: str) -> None:
         """No worker will see this client."""
+        kind = Kind(self._board.kinds[entry.slot])
         if self._unbegun(entry):
-            self._refuse(entry.fd, code)
+            self._refuse(entry.fd, code, kind)
         else:
             self._hang_up(entry.fd)
             self._metrics.stream_failed("worker_lost")
         self._ledger.release(entry)
 
-    def _refuse(self, fd: int, code: str) -> None:
-        """The prepared 503; `fd` stays the caller's."""
+    def _close(self, entry: InFlight) -> None:
+        """End a dead worker's client to which nothing can be said; its fds are still to be released."""
+        if self._board.kinds[entry.slot] == Kind.BARE and self._board.states[entry.slot] != State.ENDED:
+            self._metrics.stream_failed("worker_lost")
+            self._cut(entry.fd)
+        else:
+            self._hang_up(entry.fd)
+
+    def _refuse(self, fd: int, code: str, kind: Kind) -> None:
+        """The prepared 503, where a client can be told; `fd` stays the caller's, who closes it."""
         self._metrics.count("daemon_connections_rejected_total")
         self._refused[code] = self._refused.get(code, 0) + 1
         self._metrics.handoff_failed(code)
-        self._hang_up(fd, refusal(code))
+        if kind == Kind.PLAIN:
+            self._hang_up(fd, refusal(code))
+        else:
+            self._cut(fd)
+
+    @staticmethod
+    def _cut(fd: int) -> None:
+        """Have the last close of a bare body reset the connection: an end in order would say that it is whole."""
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # no socket at all
+                handoff.reset_on_close(fd)
 
     @staticmethod
     def _hang_up(fd: int, last_words: bytes = b"") -> None:

@@ -46,6 +46,7 @@ _SCM_RIGHTS: Final = int(socket.SCM_RIGHTS)
 _MSG_TRUNC: Final = int(socket.MSG_TRUNC)
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
 _FD: Final = struct.Struct("i")
+_LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
 
 
@@ -168,6 +169,19 @@ def send_handoff(sock: socket.socket, payload: bytes, fds: Sequence[int]) -> Non
     """Send one handoff as one message. The fds stay the caller's, who must close them: the receiver has its own now."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     sock.sendmsg([payload], rights, socket.MSG_NOSIGNAL)
+
+
+def reset_on_close(fd: int) -> None:
+    """Make the last close of this socket, in whatever process, reset the connection instead of ending it in order.
+
+    For a body without a length (RFC 9112, 6.3: it ends with the connection), where a reset alone tells a client that
+    it is not whole. `fd` stays the caller's. Raises OSError.
+    """
+    sock = SocketType(fileno=fd)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    finally:
+        sock.detach()
 
 
 def check_client(fd: int) -> tuple[int, str]:

@@ -6,6 +6,9 @@ waiting are watched. Silent ones are dropped after `handoff_timeout_secs`, and t
 are more than `max_pending_handoffs`: a real sender writes right after connecting, so the oldest silent one is the
 least likely to.
 
+mod_proxy_fdpass sends one byte with the fd over a STREAM. Its first piece is all there is, and is not made to wait for
+the end of file.
+
 Closing without loss: whatever lies unread in a socket when it is closed is lost without its sender knowing. So a
 connection is first made to refuse (SHUT_RD: the sender's next send fails with EPIPE and it can act), then read empty,
 then closed; and a listener likewise. A STREAM sender cannot be cut like that, because our own SHUT_RD looks like its
@@ -28,6 +31,7 @@ from socket import SocketType
 from typing import Final, Protocol
 
 from forkd import handoff
+from forkd.board import Kind
 from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD
 from forkd.listener import Listener
 from forkd.metrics import Metrics
@@ -45,7 +49,7 @@ class Deliver(Protocol):
     """Where whole handoffs go (see `dispatcher.Dispatcher.receive`)."""
 
     def __call__(
-        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
+        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str, kind: Kind
     ) -> None: ...
 
 
@@ -103,6 +107,9 @@ class Sender:
             self.served = True
             intake.accept_message(self.listener, message)
             return True
+        elif self.listener.is_bare:
+            self.served = True
+            intake.accept_message(self.listener, message)
         elif self._gather(message):
             return True
         intake.drop(self)
@@ -130,7 +137,9 @@ class Sender:
         self._intake.accept_message(self.listener, handoff.Message(payload, fds, truncated, fds_truncated))
 
     def refuse_rest(self, code: str) -> None:
-        """No more from this sender; what it has sent is read. Only for SEQPACKET. `code`: why, if it sent nothing."""
+        """No more from this sender; what it has sent is read. Not for a STREAM that is read up to its end.
+        `code`: why, if it sent nothing.
+        """
         self._silence = code
         try:
             self.sock.shutdown(socket.SHUT_RD)
@@ -334,7 +343,8 @@ class Intake:
         """One whole handoff, of which only the number of fds is judged here."""
         now = self._clock()
         payload, fds = message.payload, message.fds
-        data_follows = handoff.expects_data_fd(payload, envelopes=listener.settings.envelope)
+        envelopes = listener.takes_envelopes
+        data_follows = handoff.expects_data_fd(payload, envelopes=envelopes)
         expected = 2 if data_follows else 1
         code = ""
         if not fds:
@@ -342,7 +352,7 @@ class Intake:
             self.log.warning("a handoff on %s lost its client: %s", listener.path, code)
             self.metrics.handoff_failed(code)
             return
-        if not handoff.understands_flags(payload, envelopes=listener.settings.envelope):
+        if not handoff.understands_flags(payload, envelopes=envelopes):
             # Under TLS, or something newer than we are: whatever we said to this client could be taken for garbage.
             self.log.warning("a handoff on %s needs what this version does not have: refused", listener.path)
             self.metrics.handoff_failed("unsupported_flags")
@@ -357,6 +367,9 @@ class Intake:
             code = "payload_too_large"
         elif not payload:
             code = "bad_handoff"
+        elif listener.is_bare:
+            code = self._judge_bare(listener, payload)
+            payload = b""
         for fd in fds[expected:] if not code else fds[1:]:
             os.close(fd)
         data_fd = fds[1] if data_follows and not code else -1
@@ -371,7 +384,19 @@ class Intake:
                 except OSError:
                     code = "out_of_fds"
             payload = b""
-        self._deliver(fds[0], data_fd, payload, flags, listener.index, now, code)
+        self._deliver(fds[0], data_fd, payload, flags, listener.index, now, code, listener.kind)
+
+    def _judge_bare(self, listener: Listener, payload: bytes) -> str:
+        """The code to refuse a handoff from mod_proxy_fdpass with, or "". It sends one byte, which means nothing."""
+        if len(payload) == 1:
+            return ""
+        self.log.warning(
+            "a handoff on %s carries %d bytes, and mod_proxy_fdpass sends one: refused. X-Socket-Handoff needs a "
+            "listener with protocol handoff",
+            listener.path,
+            len(payload),
+        )
+        return "bad_handoff"
 
     def keep(self, sender: Sender) -> None:
         """Watch a sender that has no more for now. One that was accepted after `stop` has said all it may."""
@@ -401,7 +426,7 @@ class Intake:
 
     def _evict(self, sender: Sender, code: str) -> None:
         """Drop a silent sender, but take what it may have sent this instant."""
-        if sender.listener.is_stream:
+        if sender.listener.is_stream and not sender.listener.is_bare:
             self.metrics.handoff_failed(code)
             self.drop(sender)
             return

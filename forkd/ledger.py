@@ -79,7 +79,14 @@ class Ledger:
         """How many memfds with data it holds, beside the clients."""
 
     def admit(
-        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, received_at: float
+        self,
+        fd: int,
+        data_fd: int,
+        payload: bytes,
+        flags: int,
+        listener: int,
+        received_at: float,
+        kind: Kind = Kind.PLAIN,
     ) -> InFlight | None:
         """Enter a client, taking over `fd` and `data_fd` (-1: none); None, with the fds still the caller's, when
         full.
@@ -93,7 +100,7 @@ class Ledger:
             return None
         entry = InFlight(slot, fd, data_fd, payload, flags, listener, received_at)
         self._entries[slot] = entry
-        self._board.kinds[slot] = Kind.PLAIN
+        self._board.kinds[slot] = kind
         self._board.states[slot] = State.GIVEN
         self._with_payload.append(entry)
         self._payload_bytes += len(payload)
@@ -159,10 +166,13 @@ class Ledger:
         if entry.fd < 0:
             return "closed"
         state = State(self._board.states[entry.slot])
-        if state in (State.FOREIGN, State.ENDED, State.FREE) or self._board.kinds[entry.slot] != Kind.PLAIN:
+        if state in (State.FOREIGN, State.ENDED, State.FREE):
             return "closed"
         if killer:
             entry.killed += 1
+        untold = state == State.GIVEN and entry.verdict is None and entry.killed < ATTEMPTS_MAX
+        if self._board.kinds[entry.slot] != Kind.PLAIN and not (untold and entry.payload is not None):
+            return "closed"  # it could only be told something, and nothing can be
         if entry.killed >= ATTEMPTS_MAX:
             if entry.verdict is not None:  # even the telling kills
                 return "closed"

@@ -17,6 +17,7 @@ import stat
 import struct
 from typing import Final
 
+from forkd.board import Kind
 from forkd.settings import ListenerSettings
 
 BACKLOG: Final = 4096
@@ -54,12 +55,16 @@ class Listener:
         """It stays somebody else's for good: systemd's, who goes on listening when forkd is gone."""
         self.settings = settings
         self.path = settings.path
-        self.type = int(_TYPES[settings.type])
-        self.is_stream = settings.type == "stream"
+        self.type = int(_TYPES[settings.socket_type])
+        self.is_stream = settings.socket_type == "stream"
+        self.is_bare = settings.bare
+        self.takes_envelopes = settings.takes_envelopes
+        self.kind = Kind.BARE if settings.bare else Kind.PLAIN
+        """Of every client that comes by it."""
         self._uids = {_user(name) for name in settings.allow_users}
         self._gids = {_group(name) for name in settings.allow_groups}
         if inherited is not None and inherited.type != self.type:
-            raise ListenError(f"{self.path} is no {settings.type} socket, and only a restart makes it one")
+            raise ListenError(f"{self.path} is no {settings.socket_type} socket, and only a restart makes it one")
         if inherited is not None and lock >= 0:
             self._lock, self.sock = lock, inherited
             self._inode = os.stat(self.path).st_ino if os.path.exists(self.path) else 0
@@ -115,7 +120,7 @@ class Listener:
             return
         if not stat.S_ISSOCK(mode):
             raise ListenError(f"{self.path} exists and is no socket; remove it, or choose another path")
-        with socket.socket(socket.AF_UNIX, _TYPES[self.settings.type]) as probe:
+        with socket.socket(socket.AF_UNIX, _TYPES[self.settings.socket_type]) as probe:
             probe.setblocking(False)
             if probe.connect_ex(self.path) != errno.ECONNREFUSED:
                 raise ListenError(f"{self.path} is in use by another program; stop it first, or choose another path")
@@ -123,7 +128,7 @@ class Listener:
 
     def _bind(self) -> socket.socket:
         settings = self.settings
-        sock = socket.socket(socket.AF_UNIX, _TYPES[settings.type])
+        sock = socket.socket(socket.AF_UNIX, _TYPES[settings.socket_type])
         try:
             sock.setblocking(False)
             # The umask makes the file appear with no more than its final permissions: there is no moment in which

@@ -305,7 +305,7 @@ class Master:
 
     def _activated(self) -> dict[str, tuple[int, int, bool]]:
         """What systemd listens on for us, by path. Raises ListenError."""
-        types = {own.path: own.type for own in self._settings.all_listeners()}
+        types = {own.path: own.socket_type for own in self._settings.all_listeners()}
         try:
             passed = systemd.listen_fds(os.environ, os.getpid())
         except ValueError as error:

@@ -45,7 +45,16 @@ FIXED: Final[dict[str, tuple[str, ...]]] = {
     "logging": ("file",),
 }
 """What only a restart changes (some of it an upgrade): it belongs to what was opened at the start."""
-_FIXED_OF_LISTENERS: Final = ("path", "type", "mode", "group", "protocol", "envelope", "allow_users", "allow_groups")
+_FIXED_OF_LISTENERS: Final = (
+    "path",
+    "socket_type",
+    "mode",
+    "group",
+    "protocol",
+    "envelope",
+    "allow_users",
+    "allow_groups",
+)
 
 
 def settle(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
@@ -60,7 +69,7 @@ def settle(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     if [_fixed(listener) for listener in old.listeners] != [_fixed(listener) for listener in new.listeners]:
         kept.append("listeners")
         sections["listeners"] = old.listeners
-        named = {listener.backend for listener in old.listeners if listener.backend is not None}
+        named = {name for listener in old.listeners if (name := listener.named_backend) is not None}
         # Still needed, though the new configuration, which has no such listener, may have no such backend.
         sections["backends"] = {**{name: old.backends[name] for name in named}, **new.backends}
     return msgspec.structs.replace(new, **sections), kept

@@ -172,13 +172,20 @@ class ListenerSettings(Struct, frozen=True, kw_only=True):
     """One entry of ``listeners:``, and what the ``server:`` section says of its own."""
 
     path: Annotated[Text, about("The Unix socket. Required")]
-    type: Annotated[SocketType, about("As `server.socket_type`")] = "seqpacket"
+    type: Annotated[
+        SocketType | None,
+        about(
+            "As `server.socket_type`. null: what the protocol takes, `seqpacket` for `handoff`, `stream` for `fdpass`"
+        ),
+    ] = None
     mode: Annotated[FileMode, about("As `server.socket_mode`")] = FileMode(0o660)
     group: Annotated[Principal | None, about("As `server.socket_group`")] = None
     protocol: Annotated[
         Literal["handoff", "fdpass"], about("`handoff`: our Apache module. `fdpass`: Apache's own mod_proxy_fdpass")
     ] = "handoff"
-    envelope: Annotated[bool, about("Take a payload that begins with SOH for an envelope")] = True
+    envelope: Annotated[
+        bool, about("Take a payload that begins with SOH for an envelope (`protocol: handoff` only)")
+    ] = True
     tls: Annotated[bool, about("Accept clients under TLS")] = False
     backend: Annotated[Text | None, about("The backend for this listener's streams. null: `default_backend`")] = None
     data: Annotated[dict[str, Any] | None, about("The handoff data of an `fdpass` listener, which receives none")] = (
@@ -187,6 +194,26 @@ class ListenerSettings(Struct, frozen=True, kw_only=True):
     pool: Annotated[Text | None, about("A pool of workers of its own, by name. null: the common one")] = None
     allow_users: Annotated[tuple[Principal, ...], about("As `server.allow_users`")] = ()
     allow_groups: Annotated[tuple[Principal, ...], about("As `server.allow_groups`")] = ()
+
+    @property
+    def bare(self) -> bool:
+        """Its clients have their response head already: what they get from here on is the body, bare."""
+        return self.protocol == "fdpass"
+
+    @property
+    def socket_type(self) -> SocketType:
+        """The type, with the protocol's own where none is written."""
+        return self.type or ("stream" if self.bare else "seqpacket")
+
+    @property
+    def named_backend(self) -> str | None:
+        """The backend that it names, whichever way, if it names one."""
+        return (self.data or {}).get("backend") or self.backend
+
+    @property
+    def takes_envelopes(self) -> bool:
+        """Whether a payload that begins with SOH is an envelope."""
+        return self.envelope and not self.bare
 
 
 class Workers(Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ sends for ever is held up by its own window and costs nothing.
 The fd is unregistered before it is closed: with a duplicate open in the master, closing alone would leave it in epoll.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -30,6 +31,7 @@ from socket import SocketType
 from typing import Final, Protocol
 
 from forkd.board import State
+from forkd.handoff import reset_on_close
 from workers.context import Context
 
 DISCARD_BYTES: Final = 65536
@@ -163,6 +165,12 @@ class Client:
         owner = self._owner
         del self._owner  # who holds us, too: left in a circle, thousands would wait for the garbage collector
         owner.client_closed()
+
+    def reset_on_close(self) -> None:
+        """Have the last close reset the connection, so that it does not look like an end."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                reset_on_close(self.fd)
 
     def on_ready(self, mask: int) -> None:
         """Called by the loop."""

@@ -3,6 +3,8 @@
 import os
 import socket
 
+import msgspec
+
 from forkd.board import State
 from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD, Assignment, parse_end_body
 from forkd.handoff import (
@@ -13,7 +15,9 @@ from forkd.handoff import (
     check_client,
     read_sealed_memfd,
 )
+from forkd.settings import ListenerSettings
 from workers.backends.base import Backend, HttpBackend, PacedBackend
+from workers.bare import BareStream
 from workers.context import Context
 from workers.paced import PacedSource
 from workers.relay import RelaySource
@@ -29,6 +33,8 @@ class Reception:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._listeners = context.settings.all_listeners()
+        self._bare = {index: _given(listener) for index, listener in enumerate(self._listeners) if listener.bare}
+        """What is asked by every handoff of a listener whose senders send no data."""
         self._user_timeout_ms = min(int(context.settings.server.write_timeout_secs * 1000), 2**31 - 1)  # a C int
         self._max_data = context.settings.server.max_data_bytes
 
@@ -51,7 +57,7 @@ class Reception:
             code = "payload_too_large"
         for fd in fds[1:]:
             os.close(fd)
-        request = parse(body, envelopes=self._listeners[head.listener].envelope)
+        request = self._bare.get(head.listener) or parse(body, envelopes=self._listeners[head.listener].envelope)
         if not code:
             if request.bad_envelope:
                 code = "bad_handoff"
@@ -93,7 +99,7 @@ class Reception:
         if remote is None:
             return
         state, code, payload = parse_end_body(body)
-        request = parse(payload, envelopes=self._listeners[head.listener].envelope)
+        request = self._bare.get(head.listener) or parse(payload, envelopes=self._listeners[head.listener].envelope)
         stream = self._stream(head, fds[0], remote, request)
         if stream is None:
             return
@@ -128,8 +134,9 @@ class Reception:
 
     def _stream(self, head: Assignment, fd: int, remote: str, request: Request) -> Stream | None:
         """A stream that owns `fd`; None, with it closed and the slot reported, if the kernel will not watch it."""
+        kind = BareStream if head.listener in self._bare else Stream
         try:
-            return Stream(self._context, fd, head.slot, head.attempt, remote, head.received_at, request)
+            return kind(self._context, fd, head.slot, head.attempt, remote, head.received_at, request)
         except OSError as error:  # /proc/sys/fs/epoll/max_user_watches, no memory
             self._context.log.error("cannot take a client in: %s", error.strerror)
             self._context.metrics.handoff_failed("internal_error")
@@ -158,6 +165,8 @@ class Reception:
             return ""
         if backend.costs_money:
             return code
+        if isinstance(stream, BareStream):
+            return ""  # nobody has forgotten the data: its senders have none
         self._context.metrics.count("forkd_handoff_warnings_total", code)
         self._context.log.warning("stream %s: %s; answered with defaults", stream.request_id, fault)
         return ""
@@ -167,6 +176,11 @@ class Reception:
             context = self._context
             context.metrics.count("forkd_response_headers_refused_total", amount=len(request.refused_fields))
             context.log.warning("stream %s: response headers refused: %r", stream.request_id, request.refused_fields)
+
+
+def _given(listener: ListenerSettings) -> Request:
+    """What a listener asks in place of its senders."""
+    return parse(msgspec.json.encode(listener.data or {}), envelopes=False)
 
 
 def _source(context: Context, stream: Stream, backend: Backend, request: Request) -> Source:

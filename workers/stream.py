@@ -14,7 +14,7 @@ What the board says of the slot is stored before each act, here and in `client`;
 import math
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from forkd.board import State
 from forkd.logs import Access
@@ -75,6 +75,11 @@ class Stream:
         "status",
         "user_id",
     )
+
+    comments: ClassVar[bool] = True
+    """A quiet answer may have comments put into it."""
+    begun: ClassVar[State] = State.OPEN
+    """What the board says between two pieces of the answer."""
 
     def __init__(
         self, context: Context, fd: int, slot: int, attempt: int, remote: str, received_at: float, request: Request
@@ -209,7 +214,7 @@ class Stream:
             self._account()
             return
         if self._context.states[self.slot] != State.ENDED:
-            self._context.states[self.slot] = State.OPEN
+            self._context.states[self.slot] = self.begun
         if self._paused and self.source is not None:
             self._paused = False
             self.source.resume()
@@ -274,7 +279,7 @@ class Stream:
                 wait = min(wait, left)
         if self.source is not None:
             wait = min(wait, self.source.check(now))
-        if timings.heartbeat and self.status and not stalled and not self.outcome:
+        if timings.heartbeat and self.status and self.comments and not stalled and not self.outcome:
             quiet = now - client.progress_at
             if quiet >= timings.heartbeat:
                 client.write(sse.HEARTBEAT)

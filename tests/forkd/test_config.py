@@ -324,6 +324,25 @@ logging: {access: perhaps}
             "listeners[0].data: only a listener with protocol fdpass has data of its own",
         ),
         (
+            "listeners: [{path: /x, protocol: fdpass, type: seqpacket}]",
+            "listeners[0].type: mod_proxy_fdpass connects to a stream socket; write stream, or leave it out",
+        ),
+        (
+            "listeners: [{path: /x, protocol: fdpass, backend: openai}]",
+            "listeners[0].data: openai asks an API, and mod_proxy_fdpass says not what: needs a prompt or messages",
+        ),
+        (
+            "listeners: [{path: /x, protocol: fdpass, data: {prompt: 5}}, {path: /y, protocol: fdpass, data: "
+            "{max_tokens: [1]}}, {path: /z, protocol: fdpass, data: {messages: {a: b}}}]",
+            "listeners[0].data.prompt: expected a string, got a number\n"
+            "listeners[1].data.max_tokens: expected a number, got a list\n"
+            "listeners[2].data.messages: expected a list, got a mapping",
+        ),
+        (
+            "listeners: [{path: /x, protocol: fdpass, data: {prompt: x, backend: cohere}}]",
+            'listeners[0].data.backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
+        ),
+        (
             "listeners: [{path: /x, data: {a: {1.5: .nan}}}]",
             "listeners[0].data: expected a mapping of names to JSON values, got a mapping",
         ),
@@ -559,6 +578,30 @@ def test_what_this_version_cannot_do_yet(
     monkeypatch.setattr(config, "AVAILABLE_PROTOCOLS", frozenset({"handoff", "fdpass"}))
     monkeypatch.setattr(config, "UNAVAILABLE_LISTENER_KEYS", ())
     load_text(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("protocol: fdpass", "stream"),
+        ("protocol: fdpass, type: stream", "stream"),
+        ("type: stream", "stream"),
+        ("type: seqpacket", "seqpacket"),
+        ("protocol: handoff", "seqpacket"),
+    ],
+)
+def test_a_listeners_type_is_its_protocols_own(load_text: Loader, written: str, kind: str) -> None:
+    (listener,) = load_text(f"listeners: [{{path: /x, {written}}}]").settings.listeners
+    assert listener.socket_type == kind
+
+
+def test_what_a_listener_asks_in_its_senders_place(load_text: Loader) -> None:
+    for question in ("prompt: x", "messages: [{role: user, content: x}]"):
+        load_text(f"listeners: [{{path: /x, protocol: fdpass, backend: openai, data: {{{question}}}}}]")
+    load_text(
+        "{default_backend: langgraph, listeners: [{path: /x, protocol: fdpass, data: {langgraph_input: {a: 1}}}]}"
+    )
+    load_text("listeners: [{path: /x, protocol: fdpass, backend: typing}]")
 
 
 @pytest.mark.parametrize(

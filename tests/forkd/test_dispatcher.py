@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from forkd import channel, handoff
-from forkd.board import Board, State
+from forkd.board import Board, Kind, State
 from forkd.channel import Assignment, Down
 from forkd.dispatcher import TELLING_PATIENCE_SECS, Dispatcher
 from forkd.ledger import Ledger, Verdict
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
 from forkd.settings import Server
-from tests.harness import Answer
+from tests.harness import Answer, read_answer, tcp_pair
 
 
 class Counts(Metrics):
@@ -351,3 +351,53 @@ def test_without_the_ledger_a_returned_client_is_lost_and_counted() -> None:
     assert office.ledger.count == 0
     assert office.counts["forkd_handoff_errors_total", "out_of_fds"] == 1
     office.close()
+
+
+# A client that has its head from Apache.
+
+
+def receive_bare(office: Office) -> socket.socket:
+    client, server = tcp_pair()
+    office.clients.append(client)
+    office.dispatcher.receive(server.detach(), -1, b"", 0, 0, 0.0, "", Kind.BARE)
+    office.dispatcher.dispatch()
+    return client
+
+
+def test_a_bare_body_without_room_is_reset_and_nothing_written_into_it() -> None:
+    office = Office(Server(), capacity=1)
+    waiting, without_slot = receive_bare(office), receive_bare(office)
+    assert office.dispatcher.take_refused() == {"no_capacity": 1}
+    office.dispatcher.give_up_all("shutdown")
+    assert office.dispatcher.take_refused() == {"shutdown": 1}
+    for client in (without_slot, waiting):
+        answer = read_answer(client)
+        assert (answer.raw, answer.reset) == (b"", True)
+    assert office.counts["daemon_connections_rejected_total"] == 2
+    office.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "reset"),
+    [
+        (State.GIVEN, "redispatched", None),
+        (State.COMMITTED, "closed", True),
+        (State.FOREIGN, "closed", True),
+        (State.ENDED, "closed", False),
+    ],
+)
+def test_what_becomes_of_a_dead_workers_bare_body(
+    office: Office, state: State, outcome: str, reset: bool | None
+) -> None:
+    dead = office.hire()
+    client = receive_bare(office)
+    office.heard(dead)
+    office.board.states[0] = state
+    dead.life = Life.DEAD
+    assert office.dispatcher.recover(dead, 1.0) == {outcome: 1}
+    if reset is None:
+        assert is_open(client)
+    else:
+        answer = read_answer(client)
+        assert (answer.raw, answer.reset) == (b"", reset)
+        assert office.counts["forkd_stream_errors_total", "worker_lost"] == reset

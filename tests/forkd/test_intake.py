@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from forkd import channel, handoff, intake
+from forkd.board import Kind
 from forkd.intake import ACCEPTS_PER_TURN, Intake
 from forkd.listener import Listener
 from forkd.metrics import Metrics
@@ -31,6 +32,7 @@ class Delivered:
     listener: int
     now: float
     code: str
+    kind: Kind
 
 
 @dataclass
@@ -45,9 +47,9 @@ class Desk:
     metrics: Metrics = field(default_factory=lambda: Metrics(None, "test"))
 
     def open(self, *, begun: bool = True, **server: Any) -> "Desk":
-        kinds: list[Any] = ["seqpacket", "stream"]
+        kinds: list[dict[str, Any]] = [{"type": "seqpacket"}, {"type": "stream"}, {"protocol": "fdpass"}]
         self.listeners = [
-            Listener(index, ListenerSettings(path=str(self.directory / kind), type=kind))
+            Listener(index, ListenerSettings(path=str(self.directory / next(iter(kind.values()))), **kind))
             for index, kind in enumerate(kinds)
         ]
         self.intake = Intake(
@@ -64,9 +66,9 @@ class Desk:
         return self
 
     def deliver(
-        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str = ""
+        self, fd: int, data_fd: int, payload: bytes, flags: int, listener: int, now: float, code: str, kind: Kind
     ) -> None:
-        self.delivered.append(Delivered(fd, data_fd, payload, flags, listener, now, code))
+        self.delivered.append(Delivered(fd, data_fd, payload, flags, listener, now, code, kind))
 
     def turn(self) -> int:
         """One turn of the master's loop; returns how many callbacks were due."""
@@ -83,7 +85,7 @@ class Desk:
         return self.metrics._counts["forkd_handoff_errors_total", code]
 
     def connect(self, kind: str = "seqpacket") -> socket.socket:
-        return connect(self.directory / kind, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_SEQPACKET)
+        return connect(self.directory / kind, socket.SOCK_SEQPACKET if kind == "seqpacket" else socket.SOCK_STREAM)
 
     def payloads(self) -> list[bytes]:
         return [each.payload for each in self.delivered]
@@ -149,6 +151,56 @@ def test_a_stream_connection_carries_one_up_to_its_end(desk: Desk, null: int) ->
     desk.settle()
     assert desk.payloads() == [b"in three pieces"]
     assert desk.delivered[0].listener == 1
+
+
+def test_mod_proxy_fdpass_sends_one_byte_and_need_not_end_it(desk: Desk, null: int) -> None:
+    with desk.connect("fdpass") as sender:
+        send(sender, b"\0", null)
+        desk.settle()
+        (one,) = desk.delivered
+        assert (one.payload, one.data_fd, one.flags, one.code, one.kind) == (b"", -1, 0, "", Kind.BARE)
+        assert desk.intake.senders == 0
+        assert sender.recv(1) == b""
+
+
+@pytest.mark.parametrize("payload", [b'{"prompt":"x"}', b"\x01\x01{}\n", b"x" * 70_000])
+def test_a_fdpass_sender_with_data_is_somebody_else(desk: Desk, null: int, payload: bytes) -> None:
+    """An application behind mod_socket_handoff that names the wrong socket."""
+    with desk.connect("fdpass") as sender:
+        sender.setblocking(False)
+        send(sender, payload, null)
+        desk.settle()
+    (one,) = desk.delivered
+    assert (one.payload, one.data_fd, one.flags, one.code, one.kind) == (b"", -1, 0, "bad_handoff", Kind.BARE)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_fdpass_sender_with_more_fds(desk: Desk, null: int, count: int) -> None:
+    with desk.connect("fdpass") as sender:
+        send(sender, b"\0", *[null] * count)
+        desk.settle()
+    assert [each.code for each in desk.delivered] == ["bad_handoff"]
+
+
+def test_a_fdpass_sender_without_an_fd(desk: Desk, null: int) -> None:
+    with desk.connect("fdpass") as sender:
+        send(sender, b"\0")
+        desk.settle()
+        assert not desk.delivered
+        assert desk.failed("no_fd") == 1
+        assert desk.intake.senders == 0
+
+
+def test_a_silent_fdpass_sender_is_heard_until_it_is_dropped(desk: Desk, null: int) -> None:
+    with desk.connect("fdpass") as silent, desk.connect("fdpass") as late:
+        desk.settle()
+        send(late, b"\0", null)  # and nobody has looked
+        desk.now = 5.0
+        desk.intake.expire(desk.now)
+        assert desk.failed("sender_timeout") == 1
+        assert len(desk.delivered) == 1
+        with pytest.raises(BrokenPipeError):
+            send(silent, b"\0", null)
 
 
 def test_no_turn_belongs_to_one_sender_or_one_backlog(desk: Desk, null: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from forkd import ledger as ledger_module
 from forkd.board import Board, Kind, State
-from forkd.ledger import InFlight, Ledger
+from forkd.ledger import InFlight, Ledger, Verdict
 from forkd.peer import Peer
 
 BEGUN = (State.OPENING, State.OPEN, State.PARTIAL)
@@ -151,10 +151,27 @@ def test_what_becomes_of_an_orphan(ledger: Ledger, board: Board, state: State, o
 def test_a_client_that_nobody_knows_how_to_speak_to_is_closed(ledger: Ledger, board: Board, kind: Kind) -> None:
     entry = admit(ledger)
     board.kinds[entry.slot] = kind
-    board.states[entry.slot] = State.OPEN
+    for state in (State.COMMITTED, State.OPENING, State.OPEN, State.PARTIAL, State.FOREIGN, State.ENDED):
+        board.states[entry.slot] = state
+        assert ledger.judge(entry, killer=False) == "closed"
+    ledger.release(entry)
+    assert board.kinds[admit(ledger).slot] == Kind.PLAIN  # whoever has the slot next
+
+
+def test_a_bare_body_that_has_not_begun_is_given_on_whole(ledger: Ledger, board: Board) -> None:
+    entry = ledger.admit(new_fd(), -1, b"", 0, 0, 1.0, Kind.BARE)
+    assert entry is not None
+    assert board.kinds[entry.slot] == Kind.BARE
+    assert [ledger.judge(entry, killer=True) for _ in range(2)] == ["redispatched", "closed"]  # poison cannot be told
+    ledger.release(entry)
+
+
+def test_a_bare_body_that_was_only_to_be_told_is_closed(ledger: Ledger) -> None:
+    entry = ledger.admit(new_fd(), -1, b"", 0, 0, 1.0, Kind.BARE)
+    assert entry is not None
+    entry.verdict = Verdict(State.GIVEN, "bad_handoff")
     assert ledger.judge(entry, killer=False) == "closed"
     ledger.release(entry)
-    board.kinds[entry.slot] = Kind.PLAIN
 
 
 def test_the_second_worker_that_a_handoff_kills_makes_it_poison(ledger: Ledger) -> None:

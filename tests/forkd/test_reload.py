@@ -78,11 +78,12 @@ def test_a_listeners_backend_may_change() -> None:
     assert settle(old, new) == (new, [])
 
 
-def test_a_listener_that_is_kept_keeps_its_backend() -> None:
+@pytest.mark.parametrize("own", [{"backend": "slow"}, {"protocol": "fdpass", "data": {"backend": "slow"}}])
+def test_a_listener_that_is_kept_keeps_its_backend(own: dict[str, Any]) -> None:
     """The new configuration has neither of them."""
     old = Settings(
         server=server(),
-        listeners=[ListenerSettings(path="/x", backend="slow")],
+        listeners=[ListenerSettings(path="/x", **own)],
         backends={"mock": MockBackend(), "slow": MockBackend(token_delay_ms=9)},
     )
     new = Settings(server=server(), backends={"mock": MockBackend(token_delay_ms=1)})
