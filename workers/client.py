@@ -68,7 +68,6 @@ class Client:
         "_context",
         "_discarded",
         "_ending",
-        "_events",
         "_linger_until",
         "_owner",
         "_queued",
@@ -93,7 +92,6 @@ class Client:
         self._ending = False
         self._linger_until = 0
         self._wait_ticks = 1
-        self._events = EVENT_READ
         os.set_blocking(fd, False)
         context.loop.selector.register(fd, EVENT_READ, self)
 
@@ -158,8 +156,7 @@ class Client:
             return
         self._context.states[self.slot] = _ENDED
         self.held = self._queued = None
-        if self._events:
-            self._context.loop.selector.unregister(fd)
+        self._context.loop.selector.watch(fd, 0, self)
         self.fd = -1
         os.close(fd)
         owner = self._owner
@@ -266,9 +263,7 @@ class Client:
         # Stored after the last byte is written and before the act: between the two a death is told as an error after
         # the end, which harms nobody; the other way round the client would wait for an end that nobody sends.
         context.states[self.slot] = _ENDED
-        if self._events:
-            context.loop.selector.unregister(self.fd)
-            self._events = 0
+        context.loop.selector.watch(self.fd, 0, self)
         sock = SocketType(_AF_UNIX, _SOCK_STREAM, 0, self.fd)  # os has no shutdown; the family does not matter to it
         try:
             sock.shutdown(_SHUT_WR)
@@ -284,13 +279,4 @@ class Client:
     def _watch(self) -> None:
         """Tell the selector what is waited for now."""
         events = (EVENT_READ if self._discarded <= DISCARD_BYTES else 0) | (EVENT_WRITE if self.held is not None else 0)
-        selector = self._context.loop.selector
-        if events == self._events:
-            return
-        if not events:
-            selector.unregister(self.fd)
-        elif not self._events:
-            selector.register(self.fd, events, self)
-        else:
-            selector.modify(self.fd, events, self)
-        self._events = events
+        self._context.loop.selector.watch(self.fd, events, self)

@@ -17,7 +17,6 @@ which ends its own stream, and the loop goes on.
 """
 
 import select
-import selectors
 import time
 from heapq import heappop, heappush
 from selectors import EVENT_READ, EVENT_WRITE
@@ -37,29 +36,78 @@ EVENTS_MAX: Final = 512
 """Taken in by one select. The rest is not lost: epoll(7) brings it next time, and those that were served last."""
 _IN: Final = int(select.EPOLLIN)
 _OUT: Final = int(select.EPOLLOUT)
+_EPOLL: Final = (0, _IN, _OUT, _IN | _OUT)
+"""By selectors.EVENT_READ (1) and EVENT_WRITE (2)."""
+_SPARE: Final = 256
+"""The list grows by so many at a time."""
 
 
-class Selector(selectors.EpollSelector):
-    """An EpollSelector for tens of thousands of fds. The library's own makes room for all of them at each select."""
+class Selector:
+    """The selectors loop's selector, for tens of thousands of fds: epoll(7), with what is registered in a list by fd.
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """The keys that are ready, and for what."""
-        try:
-            found = self._selector.poll(-1 if timeout is None else timeout, EVENTS_MAX)  # type: ignore[attr-defined]
-        except InterruptedError:
-            return []
-        keys = self._fd_to_key  # type: ignore[attr-defined]
-        ready = []
-        for fd, event in found:
-            key = keys.get(fd)
-            if key is None:
-                continue
-            if event == _IN:
-                ready.append((key, EVENT_READ))
-            else:  # a hang-up or an error is found out by reading, or by writing
-                mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
-                ready.append((key, mask & key.events))
+    `selectors.EpollSelector` keeps a key beside each object and makes room for all of them at each select: more memory
+    for each stream, and more of it to go through for each event.
+    """
+
+    __slots__ = ("_epoll", "_events", "_registered")
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._registered: list[Ready | None] = []
+        self._events: list[int] = []
+        """What each is watched for."""
+
+    def register(self, fd: int, events: int, ready: "Ready") -> None:
+        """Watch `fd`, the caller's, for selectors.EVENT_READ, EVENT_WRITE or both. OSError: epoll_ctl(2)."""
+        self._epoll.register(fd, _EPOLL[events])
+        missing = fd + 1 - len(self._registered)
+        if missing > 0:
+            self._registered += [None] * (missing + _SPARE)
+            self._events += [0] * (missing + _SPARE)
+        self._registered[fd] = ready
+        self._events[fd] = events
+
+    def unregister(self, fd: int) -> None:
+        """Watch no more. Before the fd is closed: where another process has it too, the kernel would go on."""
+        self._registered[fd] = None
+        self._events[fd] = 0
+        self._epoll.unregister(fd)
+
+    def watch(self, fd: int, events: int, ready: "Ready") -> None:
+        """Watch for just these events from now on, which may be none."""
+        before = self._events[fd] if fd < len(self._events) else 0
+        if events == before:
+            return
+        if not events:
+            self.unregister(fd)
+        elif not before:
+            self.register(fd, events, ready)
+        else:
+            self._epoll.modify(fd, _EPOLL[events])
+            self._events[fd] = events
+
+    def select(self, timeout: float) -> "list[tuple[Ready, int]]":
+        """Who is ready, and for what."""
+        registered = self._registered
+        ready: list[tuple[Ready, int]] = []
+        for fd, event in self._epoll.poll(timeout, EVENTS_MAX):
+            one = registered[fd]
+            if one is not None:
+                if event == _IN:
+                    ready.append((one, EVENT_READ))
+                else:  # a hang-up or an error is found out by reading, or by writing
+                    mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
+                    ready.append((one, mask & self._events[fd]))
         return ready
+
+    @property
+    def registered(self) -> int:
+        """How many fds are watched."""
+        return sum(one is not None for one in self._registered)
+
+    def close(self) -> None:
+        """Give the epoll's own fd back."""
+        self._epoll.close()
 
 
 class Timed(Protocol):
@@ -83,7 +131,7 @@ class Queued(Protocol):
 
 
 class Ready(Protocol):
-    """What may be registered with the loop's selector, as the key's data."""
+    """What may be registered with the loop's selector."""
 
     def on_ready(self, mask: int) -> None:
         """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both."""
@@ -100,7 +148,7 @@ class Loop:
     __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "queued", "selector")
 
     def __init__(self) -> None:
-        self.selector: selectors.BaseSelector = Selector()
+        self.selector = Selector()
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
         self._moderation = Moderation(PAUSE_SECS, GAP_SECS)
@@ -128,11 +176,11 @@ class Loop:
         now = self.now = time.monotonic()
         at = self.at = int(now * TICKS_PER_SEC)
         self._moderation.woken(now - looked)
-        for key, mask in events:
+        for ready, mask in events:
             try:
-                key.data.on_ready(mask)
+                ready.on_ready(mask)
             except Exception as error:
-                key.data.crashed(error)
+                ready.crashed(error)
         while due and due[0] <= at:
             # A late bucket counts its followers from when it was due: a stream's pace does not drift.
             self.at = heappop(due)

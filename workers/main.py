@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from selectors import EVENT_READ
 from typing import Final
 
 from forkd import channel, handoff, process
@@ -94,8 +95,8 @@ class Worker:
         self._hears = True
         self._speaks = True
         selector = self._loop.selector
-        selector.register(self._channel, 1, _Callback(self._on_channel))
-        selector.register(signals.wakeup_fd, 1, _Callback(self._on_signal))
+        selector.register(self._channel.fileno(), EVENT_READ, _Callback(self._on_channel))
+        selector.register(signals.wakeup_fd, EVENT_READ, _Callback(self._on_signal))
 
     def run(self) -> None:
         """Live. Returns when it is time to exit."""
@@ -138,7 +139,7 @@ class Worker:
                 message = None
             if message is None:  # the master is gone, or has no more to say
                 self._hears = self._speaks = False
-                self._loop.selector.unregister(self._channel)
+                self._loop.selector.unregister(self._channel.fileno())
                 self._drain()
                 return
             self._obey(message)

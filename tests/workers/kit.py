@@ -2,7 +2,6 @@
 
 import logging
 import os
-import selectors
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.attachments import Attachments
 from workers.context import Context, Timings
-from workers.loop import Loop
+from workers.loop import Loop, Ready, Selector
 from workers.offload import Offload
 from workers.request import Request, parse
 from workers.stream import Stream
@@ -40,9 +39,9 @@ class HastySelector:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._selector = selectors.DefaultSelector()
+        self._selector = Selector()
 
-    def select(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
+    def select(self, timeout: float) -> list[tuple[Ready, int]]:
         events = self._selector.select(0)
         clock = self._clock
         clock.now = min(clock.now + (0.0 if events else timeout) + 1e-6, clock.end)

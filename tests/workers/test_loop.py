@@ -96,11 +96,11 @@ def test_errors_go_to_whoever_made_them(world: World) -> None:
     with ours, theirs:
         for probe in (bad, good):
             world.loop.after(1, probe)
-        world.loop.selector.register(ours, EVENT_READ | EVENT_WRITE, bad)
-        world.loop.selector.register(theirs, EVENT_WRITE, good)
+        world.loop.selector.register(ours.fileno(), EVENT_READ | EVENT_WRITE, bad)
+        world.loop.selector.register(theirs.fileno(), EVENT_WRITE, good)
         world.loop.turn()
-        world.loop.selector.unregister(ours)
-        world.loop.selector.unregister(theirs)
+        world.loop.selector.unregister(ours.fileno())
+        world.loop.selector.unregister(theirs.fileno())
     world.advance(0.1)
     assert {name for name, _ in log} == {"bad", "good"}
     assert len(bad.errors) == 2

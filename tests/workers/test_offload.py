@@ -294,4 +294,4 @@ def test_close_in_a_done(loop: Loop, make: Callable[..., Offload], caplog: pytes
     loop.turn()
     assert not outcomes
     assert not caplog.records
-    assert not loop.selector.get_map()
+    assert not loop.selector.registered

@@ -27,7 +27,8 @@ from typing import Final, NamedTuple, Protocol
 from workers.loop import Loop, to_ticks
 from workers.upstream.dns import Address
 
-READ_BYTES: Final = 65536
+READ_BYTES: Final = 16384
+"""A token is a few hundred bytes, and room is made for this many at each read."""
 _TLS_READ_BYTES: Final = 16384  # no record holds more: RFC 8446, 5.1
 _STREAM: Final = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 _CONNECT_AGAIN: Final = {errno.EALREADY: errno.EINPROGRESS, errno.EISCONN: 0}
@@ -59,7 +60,6 @@ class Transport:
     __slots__ = (
         "_attempt",
         "_connecting",
-        "_events",
         "_loop",
         "_plain",
         "_reached",
@@ -77,7 +77,6 @@ class Transport:
         self.owner = owner
         self._reached = reached
         self.fd = -1
-        self._events = 0
         self._reading = True
         self._connecting = True
         self._plain = False
@@ -123,9 +122,7 @@ class Transport:
         self._tls = None  # holds the session, which holds the buffers: megabytes over thousands of connections
         self._unsent = None
         if fd >= 0:
-            if self._events:
-                self._loop.selector.unregister(fd)
-                self._events = 0
+            self._loop.selector.watch(fd, 0, self)
             os.close(fd)
 
     def on_ready(self, mask: int) -> None:
@@ -221,7 +218,7 @@ class Transport:
 
     def connect_again(self, attempt: int) -> None:
         """The Unix socket's backlog was full; `_Again` calls this."""
-        if self.fd < 0 or not self._connecting or attempt != self._attempt or self._events:
+        if self.fd < 0 or not self._connecting or attempt != self._attempt:
             return
         route = self._route
         assert route is not None
@@ -395,16 +392,7 @@ class Transport:
             events = EVENT_WRITE
         else:
             events = (EVENT_READ if self._reading else 0) | (EVENT_WRITE if self._unsent is not None else 0)
-        if events == self._events:
-            return
-        selector = self._loop.selector
-        if not events:
-            selector.unregister(self.fd)
-        elif not self._events:
-            selector.register(self.fd, events, self)
-        else:
-            selector.modify(self.fd, events, self)
-        self._events = events
+        self._loop.selector.watch(self.fd, events, self)
 
     def _broke(self, error: OSError) -> None:
         detail = error.strerror or str(error)

@@ -61,7 +61,7 @@ def world() -> Iterator[World]:
     world = World()
     yield world
     world.transport.close()
-    assert not world.loop.selector.get_map()
+    assert not world.loop.selector.registered
     world.loop.selector.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
