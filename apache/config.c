@@ -32,6 +32,7 @@ void *handoff_conf_create(apr_pool_t *pool, char *dir)
 
     (void)dir;
     conf->enabled = conf->connect_timeout_ms = conf->send_timeout_ms = conf->max_retries = conf->format = -1;
+    conf->persistent = conf->fallback = -1;
     conf->max_data = -1;
     return conf;
 }
@@ -49,6 +50,8 @@ void *handoff_conf_merge(apr_pool_t *pool, void *base, void *over)
     MERGE(send_timeout_ms, -1);
     MERGE(max_retries, -1);
     MERGE(format, -1);
+    MERGE(persistent, -1);
+    MERGE(fallback, -1);
     MERGE(max_data, -1);
     MERGE(prefix, NULL);
     MERGE(health_socket, NULL);
@@ -73,6 +76,8 @@ const handoff_conf *handoff_conf_get(request_rec *r)
     DEFAULT(send_timeout_ms, -1, 200);
     DEFAULT(max_retries, -1, 2);
     DEFAULT(format, -1, FORMAT_RAW);
+    DEFAULT(persistent, -1, 0);
+    DEFAULT(fallback, -1, FALLBACK_ERROR);
     DEFAULT(max_data, -1, MAX_DATA_DEFAULT);
     DEFAULT(prefix, NULL, PREFIX_DEFAULT);
     DEFAULT(health_socket, NULL, HEALTH_SOCKET_DEFAULT);
@@ -141,7 +146,18 @@ static const char *set_format(cmd_parms *cmd, void *conf, const char *arg)
     return NULL;
 }
 
-static int is_token(const char *name)
+static const char *set_fallback(cmd_parms *cmd, void *conf, const char *arg)
+{
+    if (!ap_cstr_casecmp(arg, "relay"))
+        ((handoff_conf *)conf)->fallback = FALLBACK_RELAY;
+    else if (!ap_cstr_casecmp(arg, "error"))
+        ((handoff_conf *)conf)->fallback = FALLBACK_ERROR;
+    else
+        return apr_psprintf(cmd->pool, "%s must be relay or error, not \"%s\"", cmd->cmd->name, arg);
+    return NULL;
+}
+
+int handoff_is_token(const char *name)
 {
     const char *p;
 
@@ -164,7 +180,7 @@ static const char *parse_names(cmd_parms *cmd, int argc, char *const argv[], int
         char *name = apr_pstrdup(cmd->pool, argv[i]);
 
         ap_str_tolower(name);
-        if (!is_token(name))
+        if (!handoff_is_token(name))
             return apr_psprintf(cmd->pool, "%s: \"%s\" is no header name", cmd->cmd->name, argv[i]);
         if ((!strcmp(name, "all") || !strcmp(name, "none")) && (argc > 1 || (*name == 'a' && !knows_all)))
             return apr_psprintf(cmd->pool, "%s: \"%s\" cannot be used here", cmd->cmd->name, argv[i]);
@@ -200,6 +216,10 @@ const command_rec handoff_directives[] = {
                   "attempts after the first while the daemon restarts, 0 to 10"),
     AP_INIT_TAKE1("SocketHandoffFormat", set_format, NULL, WHERE,
                   "raw: the data alone; envelope: the request and the response headers with it"),
+    AP_INIT_FLAG("SocketHandoffPersistent", ap_set_flag_slot, OFFSET(persistent), WHERE,
+                 "On or Off: whether connections to the daemon are kept for the next handoff"),
+    AP_INIT_TAKE1("SocketHandoffFallback", set_fallback, NULL, WHERE,
+                  "what becomes of clients under TLS or HTTP/2. relay: Apache passes the answer on; error: refused"),
     AP_INIT_TAKE_ARGV("SocketHandoffResponseHeaders", set_response_headers, NULL, WHERE,
                       "the response headers put into the envelope: all, none, or names"),
     AP_INIT_TAKE_ARGV("SocketHandoffRequestHeaders", set_request_headers, NULL, WHERE,

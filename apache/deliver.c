@@ -1,11 +1,13 @@
 /*
  * The way to the daemon: which path is allowed, how to connect, how to send.
  *
- * One delivery is at most 1 + SocketHandoffMaxRetries attempts, each on a fresh connection, 10, 20, 40 ms apart. What is
- * worth another attempt is what a restarting daemon looks like: no socket file, nobody behind it (ECONNREFUSED), or a
- * connection that ends before it has taken anything (EPIPE, ECONNRESET). A full backlog is not: a non-blocking connect()
- * to a Unix socket then fails with EAGAIN at once, there is nothing to poll for, so within the connect timeout it is
- * simply asked again every few ms.
+ * One delivery is at most 1 + SocketHandoffMaxRetries attempts, 10, 20, 40 ms apart. What is worth another attempt is
+ * what a restarting daemon looks like: no socket file, nobody behind it (ECONNREFUSED), or a connection that ends before
+ * it has taken anything (EPIPE, ECONNRESET). A full backlog is not: a non-blocking connect() to a Unix socket then fails
+ * with EAGAIN at once, there is nothing to poll for, so within the connect timeout it is simply asked again every few ms.
+ *
+ * With SocketHandoffPersistent a connection is used again (idle.c). One that the daemon has closed meanwhile says so by
+ * EPIPE or ECONNRESET, and has then taken nothing of this message: the same attempt goes on with a fresh connection.
  *
  * The point of no return is the sendmsg() that succeeds: the kernel holds a reference to the client's connection in the
  * daemon's queue, whether or not the daemon ever reads it. Nothing after it is a failure of the handoff any more.
@@ -96,12 +98,12 @@ static const char *resolve_missing(apr_pool_t *pool, const char *path)
 }
 
 /*
- * 0: *real is a socket under the prefix. EPERM: it is not, or would not be. Anything else (ENOENT, EACCES): it is
+ * 0: `target` is a socket under the prefix. EPERM: it is not, or would not be. Anything else (ENOENT, EACCES): it is
  * allowed, but not there.
  */
-static int check_path(request_rec *r, const handoff_conf *conf, const char *path, const char **real)
+static int check_path(request_rec *r, const handoff_conf *conf, const char *path, handoff_target *target)
 {
-    const char *prefix = resolve(r->pool, conf->prefix);
+    const char *prefix = resolve(r->pool, conf->prefix), *real;
     struct stat st;
     int err;
 
@@ -109,18 +111,21 @@ static int check_path(request_rec *r, const handoff_conf *conf, const char *path
         prefix = conf->prefix;
     if (*path != '/')
         return EPERM;
-    *real = resolve(r->pool, path);
-    if (!*real) {
+    real = resolve(r->pool, path);
+    if (!real) {
         err = errno;
         if (err != ENOENT && err != ENOTDIR && err != EACCES)
             return EPERM;
-        *real = resolve_missing(r->pool, path);
-        return *real && is_under(*real, prefix) ? err : EPERM;
+        real = resolve_missing(r->pool, path);
+        return real && is_under(real, prefix) ? err : EPERM;
     }
-    if (!is_under(*real, prefix) || strlen(*real) >= sizeof(((struct sockaddr_un *)0)->sun_path))
+    if (!is_under(real, prefix) || strlen(real) >= sizeof(target->path))
         return EPERM;
-    if (stat(*real, &st) < 0)
+    if (stat(real, &st) < 0)
         return errno;
+    memcpy(target->path, real, strlen(real) + 1);
+    target->device = st.st_dev;
+    target->inode = st.st_ino;
     return S_ISSOCK(st.st_mode) ? 0 : EPERM;
 }
 
@@ -150,21 +155,17 @@ static int connect_as(const char *path, int type, apr_time_t deadline, int *fd)
     return err;
 }
 
-static int connect_daemon(request_rec *r, const handoff_conf *conf, const char *path, int *type, int *fd)
+static int connect_daemon(const handoff_conf *conf, const handoff_target *target, int *type, int *fd)
 {
     apr_time_t deadline = apr_time_now() + apr_time_from_msec(conf->connect_timeout_ms);
-    const char *real;
-    int err = check_path(r, conf, path, &real);
+    int err;
 
-    *fd = -1;
-    if (err)
-        return err;
     *type = SOCK_SEQPACKET;
-    err = connect_as(real, *type, deadline, fd);
+    err = connect_as(target->path, *type, deadline, fd);
     if (err == EPROTOTYPE) {
         /* An older daemon: its listener is a SOCK_STREAM. */
         *type = SOCK_STREAM;
-        err = connect_as(real, *type, deadline, fd);
+        err = connect_as(target->path, *type, deadline, fd);
     }
     return err;
 }
@@ -220,8 +221,9 @@ static void advance(struct msghdr *mh, size_t sent)
 }
 
 /* 0, or the errno that kept even the first byte from being taken. */
-static int send_message(request_rec *r, int fd, int client_fd, const handoff_message *msg, apr_time_t deadline)
+static int send_message(request_rec *r, const handoff_conf *conf, int fd, int client_fd, const handoff_message *msg)
 {
+    apr_time_t deadline = apr_time_now() + apr_time_from_msec(conf->send_timeout_ms);
     union {
         char room[CMSG_SPACE(2 * sizeof(int))];
         struct cmsghdr align;
@@ -252,22 +254,52 @@ static int send_message(request_rec *r, int fd, int client_fd, const handoff_mes
     return err;
 }
 
-static int attempt(request_rec *r, const handoff_conf *conf, const char *path, int client_fd,
-                   const handoff_message *msg)
-{
-    int type, fd;
-    int err = connect_daemon(r, conf, path, &type, &fd);
-
-    if (err)
-        return err;
-    err = send_message(r, fd, client_fd, msg, apr_time_now() + apr_time_from_msec(conf->send_timeout_ms));
-    close(fd); /* to a STREAM daemon this EOF says that the data is complete */
-    return err;
-}
-
 static int is_restarting(int err)
 {
     return err == ENOENT || err == ENOTDIR || err == ECONNREFUSED || err == EPIPE || err == ECONNRESET;
+}
+
+/* By a connection that is there already; ENOTCONN: there is none that the daemon has not closed. */
+static int send_by_idle(request_rec *r, const handoff_conf *conf, const handoff_target *target, int client_fd,
+                        const handoff_message *msg)
+{
+    int fd = handoff_idle_take(target);
+    int err;
+
+    if (fd < 0)
+        return ENOTCONN;
+    err = send_message(r, conf, fd, client_fd, msg);
+    if (!err) {
+        handoff_idle_keep(target, fd);
+        return 0;
+    }
+    close(fd);
+    return is_restarting(err) ? ENOTCONN : err;
+}
+
+static int attempt(request_rec *r, const handoff_conf *conf, const char *path, int client_fd,
+                   const handoff_message *msg)
+{
+    handoff_target target;
+    int type, fd;
+    int err = check_path(r, conf, path, &target);
+
+    if (err)
+        return err;
+    if (conf->persistent) {
+        err = send_by_idle(r, conf, &target, client_fd, msg);
+        if (err != ENOTCONN)
+            return err;
+    }
+    err = connect_daemon(conf, &target, &type, &fd);
+    if (err)
+        return err;
+    err = send_message(r, conf, fd, client_fd, msg);
+    if (!err && conf->persistent && type == SOCK_SEQPACKET)
+        handoff_idle_keep(&target, fd);
+    else
+        close(fd); /* to a STREAM daemon this EOF says that the data is complete */
+    return err;
 }
 
 static const handoff_failure *explain(request_rec *r, const char *path, int err)
@@ -307,9 +339,12 @@ const handoff_failure *handoff_deliver(request_rec *r, const handoff_conf *conf,
 
 const handoff_failure *handoff_probe(request_rec *r, const handoff_conf *conf, const char *path)
 {
+    handoff_target target;
     int type, fd;
-    int err = connect_daemon(r, conf, path, &type, &fd);
+    int err = check_path(r, conf, path, &target);
 
+    if (!err)
+        err = connect_daemon(conf, &target, &type, &fd);
     if (err)
         return explain(r, path, err);
     close(fd);

@@ -36,7 +36,7 @@
  *   6. c->aborted, keep-alive closed: the MPM ends the connection as it does when a client has gone.
  *
  * A connection under TLS is never handed off (the daemon would write plain text into it), nor is an HTTP/2 stream (it
- * has no socket of its own).
+ * has no socket of its own). They are refused, or relayed: relay.c.
  */
 
 #include "handoff.h"
@@ -96,6 +96,7 @@ typedef struct {
     const char *path;
     const char *data;
     const char *source;
+    const char *outcome; /* for the access log */
 } handoff_ctx;
 
 static handoff_ctx *get_ctx(request_rec *r)
@@ -363,23 +364,38 @@ static const handoff_failure *get_data(request_rec *r, handoff_ctx *ctx, const c
     return NULL;
 }
 
-static const handoff_failure *hand_off(request_rec *r, handoff_ctx *ctx)
+/* Why this client cannot be handed off; NULL: it can. */
+static const handoff_failure *obstacle(conn_rec *c)
 {
-    const handoff_failure *failure;
+    if (c->master)
+        return &http2_unsupported;
+    return ap_ssl_conn_is_ssl(c) ? &tls_unsupported : NULL;
+}
+
+static const handoff_failure *relay_client(request_rec *r, handoff_ctx *ctx, const handoff_message *msg,
+                                           ap_filter_t *next)
+{
+    const handoff_failure *failure = drain_request_body(r);
+
+    return failure ? failure : handoff_relay(r, ctx->conf, ctx->path, msg, next, &ctx->outcome);
+}
+
+static const handoff_failure *hand_off(request_rec *r, handoff_ctx *ctx, ap_filter_t *next)
+{
+    const handoff_failure *failure, *why_not = obstacle(r->connection);
     handoff_message msg;
     const char *data;
     apr_size_t len;
 
-    if (r->connection->master)
-        return &http2_unsupported;
-    if (ap_ssl_conn_is_ssl(r->connection))
-        return &tls_unsupported;
+    if (why_not && ctx->conf->fallback == FALLBACK_ERROR)
+        return why_not;
     failure = get_data(r, ctx, &data, &len);
     if (!failure)
-        failure = handoff_message_build(r, ctx->conf, data, len, &msg);
+        failure = handoff_message_build(r, ctx->conf, data, len, why_not != NULL, &msg);
     if (failure)
         return failure;
-    failure = send_client(r, ctx->conf, ctx->path, &msg);
+    ctx->outcome = "handed-off";
+    failure = why_not ? relay_client(r, ctx, &msg, next) : send_client(r, ctx->conf, ctx->path, &msg);
     handoff_message_close(&msg);
     return failure;
 }
@@ -388,10 +404,10 @@ static const handoff_failure *hand_off(request_rec *r, handoff_ctx *ctx)
 static apr_status_t conclude(ap_filter_t *f, handoff_ctx *ctx)
 {
     request_rec *r = f->r;
-    const handoff_failure *failure = hand_off(r, ctx);
+    const handoff_failure *failure = hand_off(r, ctx, f->next);
 
     ctx->state = OVER;
-    apr_table_setn(r->notes, NOTE, failure ? failure->code : "handed-off");
+    apr_table_setn(r->notes, NOTE, failure ? failure->code : ctx->outcome);
     if (!failure)
         return APR_SUCCESS;
     if (!failure->status) {
@@ -538,6 +554,21 @@ static int health_handler(request_rec *r)
     return OK;
 }
 
+static int post_config(apr_pool_t *pconf, apr_pool_t *plog, apr_pool_t *ptemp, server_rec *s)
+{
+    (void)plog;
+    (void)ptemp;
+    (void)s;
+    handoff_relay_init(pconf);
+    return OK;
+}
+
+static void child_init(apr_pool_t *child, server_rec *s)
+{
+    (void)s;
+    handoff_idle_init(child);
+}
+
 static void register_hooks(apr_pool_t *pool)
 {
     static const char *const after[] = {"mod_headers.c", NULL};
@@ -551,6 +582,8 @@ static void register_hooks(apr_pool_t *pool)
     ap_hook_insert_error_filter(insert_error_filter, after, NULL, APR_HOOK_REALLY_LAST);
     ap_hook_post_read_request(forget_before_redirect, NULL, NULL, APR_HOOK_REALLY_FIRST);
     ap_hook_handler(health_handler, NULL, NULL, APR_HOOK_MIDDLE);
+    ap_hook_post_config(post_config, NULL, NULL, APR_HOOK_MIDDLE);
+    ap_hook_child_init(child_init, NULL, NULL, APR_HOOK_MIDDLE);
 }
 
 module AP_MODULE_DECLARE_DATA socket_handoff_module = {

@@ -5,6 +5,8 @@
  *   raw, big   SOH 0x01 {} LF, and the data in a memfd: an empty envelope, so that it arrives whole
  *   envelope   SOH flags JSON LF data, the data in a memfd (flag 0x01) when it is big
  *
+ * Where there are flags, 0x04 says that the client's end is Apache, which relays (relay.c).
+ *
  * The memfd is sealed against every change before it is sent: the daemon checks the seals and may then map it without
  * fear that it shrinks or changes under its feet.
  */
@@ -22,6 +24,7 @@
 
 #define SOH "\x01"
 #define FLAG_DATA_IN_MEMFD 0x01
+#define FLAG_RELAYED 0x04
 
 static const handoff_failure internal_error = {HTTP_INTERNAL_SERVER_ERROR, "internal_error", "Internal error"};
 static const handoff_failure headers_too_large = {HTTP_INTERNAL_SERVER_ERROR, "headers_too_large",
@@ -229,16 +232,17 @@ static void append(handoff_message *msg, const void *bytes, size_t len)
 }
 
 const handoff_failure *handoff_message_build(request_rec *r, const handoff_conf *conf, const char *data,
-                                             size_t len, handoff_message *msg)
+                                             size_t len, int relayed, handoff_message *msg)
 {
     const handoff_failure *failure;
     struct iovec head;
     int big = len > HANDOFF_INLINE_MAX;
+    int flags = (big ? FLAG_DATA_IN_MEMFD : 0) | (relayed ? FLAG_RELAYED : 0);
 
     msg->iovcnt = 0;
     msg->memfd = -1;
     if (conf->format == FORMAT_ENVELOPE) {
-        failure = build_envelope(r, conf, big ? FLAG_DATA_IN_MEMFD : 0, &head);
+        failure = build_envelope(r, conf, flags, &head);
         if (failure)
             return failure;
         append(msg, head.iov_base, head.iov_len);
@@ -248,7 +252,7 @@ const handoff_failure *handoff_message_build(request_rec *r, const handoff_conf 
         return &bad_data;
     }
     else if (big) {
-        append(msg, SOH "\x01{}\n", 5);
+        append(msg, apr_psprintf(r->pool, SOH "%c{}\n", flags), 5);
     }
     else if (!len) {
         append(msg, "\0", 1);

@@ -113,6 +113,11 @@ def understands_flags(payload: bytes, *, envelopes: bool) -> bool:
     return not envelopes or len(payload) < 2 or payload[0] != SOH or not payload[1] & ~known
 
 
+def is_relayed(payload: bytes, *, envelopes: bool) -> bool:
+    """Whether the client's end is Apache, which passes the answer on to a client that cannot be handed off."""
+    return envelopes and len(payload) > 1 and payload[0] == SOH and bool(payload[1] & CLIENT_RELAYED)
+
+
 def split_envelope(payload: bytes) -> tuple[int, bytes, bytes]:
     """Take an envelope apart: its flags, its line of JSON, and the data behind it. Raises BadEnvelope."""
     end = payload.find(b"\n", 2)

@@ -63,6 +63,7 @@ SPECS: Final[dict[str, Spec]] = {
     "daemon_backend_ttfb_seconds": Spec("histogram", "From a backend's start to its first text", ("backend",), 0.001),
     "forkd_stream_errors_total": Spec("counter", "Streams that failed, by code", ("code",)),
     "forkd_handoff_errors_total": Spec("counter", "Handoffs that could not become a stream, by code", ("code",)),
+    "forkd_handoffs_relayed_total": Spec("counter", "Handoffs of clients that Apache relays, under TLS or HTTP/2"),
     "forkd_streams_recovered_total": Spec(
         "counter", "Streams of dead workers, by what became of them", ("outcome",), values=_OUTCOMES
     ),

@@ -272,11 +272,28 @@ class Client:
             return
         finally:
             sock.detach()
-        self._linger_until = context.loop.at + context.timings.linger_ticks
+        self._linger_until = context.loop.at + self._linger_ticks()
         self._wait_ticks = 1
         context.loop.after(1, self)
+
+    def _linger_ticks(self) -> int:
+        return self._context.timings.linger_ticks
 
     def _watch(self) -> None:
         """Tell the selector what is waited for now."""
         events = (EVENT_READ if self._discarded <= DISCARD_BYTES else 0) | (EVENT_WRITE if self.held is not None else 0)
         self._context.loop.selector.watch(self.fd, events, self)
+
+
+class RelayedClient(Client):
+    """One that Apache relays: what reads our socket is the module's pump (`apache/relay.c`).
+
+    It takes our SHUT_WR for the end of the answer, and a socket that was closed for one that was cut short, because
+    that is what a daemon that was killed leaves behind. So it is given time to come to the end first: the pump closes
+    its side at once then, but a slow client may have it wait.
+    """
+
+    __slots__ = ()
+
+    def _linger_ticks(self) -> int:
+        return self._context.timings.relayed_linger_ticks

@@ -26,6 +26,8 @@ class Timings:
     max_duration: float
     headers_after: float
     linger_ticks: int
+    relayed_linger_ticks: int
+    """Of clients that Apache relays: as long as a slow one has for what it has not taken yet."""
     checkup_ticks: int
     """The longest between two looks at a stream's deadlines, and the longest that a finished one stays in memory."""
 
@@ -46,6 +48,7 @@ class Timings:
             server.max_stream_duration_secs,
             server.headers_after_secs,
             to_ticks(server.linger_secs),
+            to_ticks(max(server.linger_secs, server.write_timeout_secs)),
             to_ticks(shortest / 2),
         )
 

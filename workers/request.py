@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from forkd.handoff import NO_DATA, SOH, BadEnvelope, split_envelope
+from forkd.handoff import CLIENT_RELAYED, NO_DATA, SOH, BadEnvelope, split_envelope
 from forkd.handoff_data import HandoffData as HandoffData  # noqa: PLC0414 (for the backends, which know requests)
 from workers import response
 
@@ -47,6 +47,8 @@ class Request(msgspec.Struct):
     fault: str | None
     refused_fields: list[str]
     bad_envelope: bool = False
+    relayed: bool = False
+    """The client's end is Apache, which passes the answer on."""
 
 
 _NO_DATA: Final = HandoffData()
@@ -60,13 +62,13 @@ def parse(payload: bytes, *, envelopes: bool) -> Request:
     """Parse a payload whose data is inline. `envelopes` says whether this listener takes envelopes."""
     if envelopes and payload[:1] == bytes((SOH,)):
         try:
-            _, line, raw = split_envelope(payload)
+            flags, line, raw = split_envelope(payload)
             envelope = _decode_envelope(line)
         except _BROKEN as error:
             kind = "" if isinstance(error, BadEnvelope) else "envelope: "
             return Request(_NO_DATA, _NO_LINE, b"", b"", f"{kind}{_said(error)}", [], True)
     else:
-        envelope, raw = None, payload
+        envelope, raw, flags = None, payload, 0
     fault = None
     data = _NO_DATA
     if raw in (b"", NO_DATA):
@@ -81,7 +83,8 @@ def parse(payload: bytes, *, envelopes: bool) -> Request:
     pairs: list[Any] = list(envelope.response_headers) if envelope is not None else []
     pairs += _pairs(data.response_headers)
     lines, refused = response.fields(pairs)
-    return Request(data, _NO_LINE if envelope is None else envelope.request, raw, lines, fault, refused)
+    relayed = bool(flags & CLIENT_RELAYED)
+    return Request(data, _NO_LINE if envelope is None else envelope.request, raw, lines, fault, refused, False, relayed)
 
 
 def _pairs(headers: dict[str, Any] | list[Any] | None) -> list[Any]:

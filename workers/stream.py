@@ -21,7 +21,7 @@ from forkd.logs import Access
 from forkd.reasons import REASONS
 from workers import response, sse
 from workers.backends.base import Backend
-from workers.client import Client
+from workers.client import Client, RelayedClient
 from workers.context import Context
 from workers.loop import TICKS_PER_SEC
 from workers.request import Request, choose_id
@@ -105,7 +105,7 @@ class Stream:
         self._paused = False
         self._fields = request.fields
         self._method = request.line.method
-        self._client = Client(context, self, fd, slot)
+        self._client = (RelayedClient if request.relayed else Client)(context, self, fd, slot)
         context.streams.add(self)
         context.started += 1
 

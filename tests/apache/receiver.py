@@ -122,21 +122,25 @@ class Receiver:
                 self.handoffs.put(error)
 
     def _receive(self, sender: socket.socket) -> None:
+        with sender:
+            self._read_one(sender)
+
+    def _read_one(self, sender: socket.socket) -> bool:
+        """Read a handoff and answer it; False when there is none."""
         payload = b""
         fds: list[int] = []
-        with sender:
-            while True:
-                part, ancillary, flags, _ = sender.recvmsg(_ROOM, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
-                assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-                for _, _, raw in ancillary:
-                    numbers = array.array("i")
-                    numbers.frombytes(raw)
-                    fds += numbers
-                payload += part
-                if not part or self.kind == socket.SOCK_SEQPACKET:
-                    break
+        while True:
+            part, ancillary, flags, _ = sender.recvmsg(_ROOM, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
+            assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+            for _, _, raw in ancillary:
+                numbers = array.array("i")
+                numbers.frombytes(raw)
+                fds += numbers
+            payload += part
+            if not part or self.kind == socket.SOCK_SEQPACKET:
+                break
         if not payload:
-            return  # a probe
+            return False  # a probe
         client = socket.socket(fileno=fds[0])
         client.setblocking(True)
         handoff = parse(payload, fds[1] if len(fds) > 1 else None, client)
@@ -145,9 +149,53 @@ class Receiver:
         if self.answer:
             self._reply(client)
         self.handoffs.put(handoff)
+        return True
 
     @staticmethod
     def _reply(client: socket.socket) -> None:
         with client:
             client.sendall(ANSWER)
             client.shutdown(socket.SHUT_WR)
+
+
+class PatientReceiver(Receiver):
+    """Keeps each sender's connection and reads handoffs from it until its end, as forkd does."""
+
+    def __init__(self, path: Path, **how: Any) -> None:
+        super().__init__(path, **how)
+        self.senders: list[socket.socket] = []
+        """Every one that ever connected, in order."""
+        self._readers: list[threading.Thread] = []
+
+    def refuse(self) -> None:
+        """End the senders' connections as a daemon does that loses nobody: no more by SHUT_RD, the rest read, closed.
+
+        The listener goes on.
+        """
+        for sender in self.senders:
+            with contextlib.suppress(OSError):
+                sender.shutdown(socket.SHUT_RD)
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            reader.join(WAIT_SECS)
+
+    def close(self) -> None:
+        """Stop, losing nobody."""
+        super().close()
+        self.refuse()
+
+    def _receive(self, sender: socket.socket) -> None:
+        self.senders.append(sender)
+        reader = threading.Thread(target=self._read_all, args=(sender,), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+
+    def _read_all(self, sender: socket.socket) -> None:
+        with sender:
+            try:
+                # The end is looked at twice: the kernel looks for a message first, and what is sent between that and
+                # our SHUT_RD would be overlooked.
+                while self._read_one(sender) or self._read_one(sender):
+                    pass
+            except BaseException as error:  # the test must see it, whatever it is
+                self.handoffs.put(error)

@@ -887,6 +887,8 @@ def test_many_at_once(site: Site) -> None:
         ("SocketHandoffMaxData 0", "from 1 to 1073741824"),
         ("SocketHandoffMaxData 99999999999999999999", "from 1 to 1073741824"),
         ("SocketHandoffFormat json", 'SocketHandoffFormat must be raw or envelope, not "json"'),
+        ("SocketHandoffPersistent maybe", "SocketHandoffPersistent must be On or Off"),
+        ("SocketHandoffFallback proxy", 'SocketHandoffFallback must be relay or error, not "proxy"'),
         ("SocketHandoffEnabled maybe", "SocketHandoffEnabled must be On or Off"),
         ("SocketHandoffAllowedPrefix run", "SocketHandoffAllowedPrefix must be an absolute path"),
         ("SocketHandoffHealthSocket forkd.sock", "SocketHandoffHealthSocket must be an absolute path"),
@@ -912,6 +914,8 @@ def test_good_directives(tmp_path: Path) -> None:
             SocketHandoffSendTimeoutMs 1
             SocketHandoffMaxRetries 0
             SocketHandoffFormat RAW
+            SocketHandoffPersistent On
+            SocketHandoffFallback Relay
             SocketHandoffResponseHeaders all
             SocketHandoffRequestHeaders X-One X-Two
             SocketHandoffMaxData 1073741824

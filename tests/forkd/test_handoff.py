@@ -130,6 +130,22 @@ def test_payloads_that_announce_no_second_fd(payload: bytes) -> None:
     assert not handoff.expects_data_fd(payload, envelopes=True)
 
 
+@pytest.mark.parametrize(
+    ("payload", "relayed"),
+    [
+        (b"\x01\x04{}\n", True),
+        (b"\x01\x05{}\n", True),
+        (b"\x01\x01{}\n", False),
+        (b"\x01", False),
+        (b"", False),
+        (b"{\x04}", False),
+    ],
+)
+def test_the_flag_of_a_relayed_client(payload: bytes, relayed: bool) -> None:
+    assert handoff.is_relayed(payload, envelopes=True) is relayed
+    assert not handoff.is_relayed(payload, envelopes=False)
+
+
 # Memfds.
 
 

@@ -348,6 +348,14 @@ def test_flags_of_a_later_version_are_refused_without_a_word(forkd: Forkd, flags
     assert answer.raw == b""
 
 
+def test_a_relayed_client_is_served_and_counted(forkd: Forkd) -> None:
+    before = forkd.metric("forkd_handoffs_relayed_total")
+    with forkd.counting():
+        assert forkd.ask(envelope({"method": "GET"}, GOOD, flags=0x04)).text == "canned text"
+        assert hand_over(sibling(forkd, "stream"), envelope({"method": "GET"}, GOOD), kind=socket.SOCK_STREAM).complete
+    forkd.wait_for_metric("forkd_handoffs_relayed_total", before + 1)
+
+
 def test_a_sender_that_says_nothing_and_goes(forkd: Forkd) -> None:
     with forkd.counting():
         connect(forkd.path).close()

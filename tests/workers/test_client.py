@@ -1,6 +1,7 @@
 """The client's socket: write, backpressure, disconnect, end. The other end is a real socket."""
 
 import os
+import select
 import socket
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 from forkd.board import State
 from tests.harness import own_fds, reset, tcp_pair
 from tests.workers.kit import World, read_now
-from workers.client import DISCARD_BYTES, Client
+from workers.client import DISCARD_BYTES, Client, RelayedClient
 
 SLOT = 5
 
@@ -42,10 +43,10 @@ def no_fd_leaks(world: World) -> Iterator[None]:
     assert own_fds() == before
 
 
-def make(world: World, server: socket.socket) -> tuple[Client, Owner]:
+def make(world: World, server: socket.socket, kind: type[Client] = Client) -> tuple[Client, Owner]:
     owner = Owner()
     world.board.states[SLOT] = State.OPEN
-    owner.client = Client(world.context, owner, server.detach(), SLOT)
+    owner.client = kind(world.context, owner, server.detach(), SLOT)
     return owner.client, owner
 
 
@@ -155,6 +156,25 @@ def test_lingering_ends_in_time_with_a_client_that_stays(world: World) -> None:
     world.advance(0.5)
     assert client.fd == -1
     assert owner.told == ["closed"]
+    peer.close()
+
+
+def test_a_relayed_client_that_is_slow_to_read_finds_the_end_and_not_a_closed_socket(world: World) -> None:
+    """The module's pump takes POLLHUP for a daemon that was killed."""
+    peer, server = socket.socketpair()
+    client, owner = make(world, server, RelayedClient)
+    client.write(b"all")
+    client.end()
+    world.advance(20)
+    assert client.lingering
+    poll = select.poll()
+    poll.register(peer, select.POLLIN | select.POLLRDHUP)
+    assert peer.recv(10) == b"all"
+    assert peer.recv(10) == b""
+    assert poll.poll(0) == [(peer.fileno(), select.POLLIN | select.POLLRDHUP)]
+    world.advance(20)
+    assert owner.told == ["closed"]
+    assert poll.poll(0)[0][1] & select.POLLHUP
     peer.close()
 
 

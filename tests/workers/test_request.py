@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forkd.handoff import encode_envelope
+from tests.harness import envelope
 from workers.request import HandoffData, Request, RequestLine, choose_id, parse
 
 KEYS = sorted(HandoffData.__struct_fields__)
@@ -130,6 +131,13 @@ def test_an_envelope() -> None:
     assert request.raw == data
     assert request.line == RequestLine(method="POST", remote_addr="::1", request_id="r", headers={"A": "b"})
     assert request.fields == b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nSet-Cookie: c=3\r\nX: 5\r\n"
+
+
+@pytest.mark.parametrize(("flags", "relayed"), [(0, False), (1, False), (4, True), (5, True)])
+def test_the_envelope_says_whether_the_client_is_relayed(flags: int, relayed: bool) -> None:
+    payload = envelope({"method": "GET"}, b"{}", flags=flags)
+    assert parse(payload, envelopes=True).relayed is relayed
+    assert not parse(payload, envelopes=False).relayed
 
 
 def test_an_envelopes_headers_outlive_bad_data() -> None:
