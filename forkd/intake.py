@@ -359,7 +359,7 @@ class Intake:
             for fd in fds:
                 os.close(fd)
             return
-        if handoff.is_relayed(payload, envelopes=listener.settings.envelope):
+        if handoff.is_relayed(payload, envelopes=envelopes):
             self.metrics.count("forkd_handoffs_relayed_total")
         if len(fds) != expected:
             code = "out_of_fds" if message.fds_truncated and len(fds) < expected else "bad_handoff"
