@@ -30,6 +30,7 @@ subcommands:
   forkd demo               everything in one command, without Apache: a web page on http://127.0.0.1:8080
   forkd check              is the configuration good, what became of it, and do the backends answer?
   forkd status             a live table of the master and its workers
+  forkd send JSON          one handoff from the terminal, and its answer as it streams
                            (each has a --help of its own)
 
 signals to the master:
@@ -48,7 +49,7 @@ Flags override the environment (DAEMON_*, OPENAI_*), which overrides the file. E
 """
 
 
-SUBCOMMANDS: Final = ("demo", "check", "status")
+SUBCOMMANDS: Final = ("demo", "check", "status", "send")
 """Modules of forkd, whose `main` takes what follows and returns the exit status."""
 
 

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
-from forkd import handoff
+from forkd import sender
 
 ENDPOINT: Final = "/stream.php"
 MAX_HEAD_BYTES: Final = 16384
@@ -407,34 +406,19 @@ class FrontDoor:
             },
             "response_headers": response_headers,
         }
-        in_memfd = len(data) > handoff.MAX_INLINE_BYTES
-        payload = handoff.encode_envelope(envelope, data, data_in_memfd=in_memfd)
-        with contextlib.ExitStack() as stack:
-            fds = [client.fileno()]
-            if in_memfd:
-                memfd = handoff.sealed_memfd(data)
-                stack.callback(os.close, memfd)
-                fds.append(memfd)
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            # Not settimeout: non-blocking, connect(2) fails with EAGAIN when the backlog is full instead of waiting.
-            seconds, fraction = divmod(HANDOFF_TIMEOUT_SECS, 1)
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(fraction * 1_000_000))
-            )
-            try:
-                sock.connect(self._socket_path)
-                handoff.send_handoff(sock, payload, fds)
-            except BlockingIOError as error:
-                raise Refusal(
-                    HTTPStatus.SERVICE_UNAVAILABLE, "daemon_busy", "The streaming service is busy", Retry_After="1"
-                ) from error
-            except OSError as error:
-                raise Refusal(
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                    "daemon_unavailable",
-                    "The streaming service is not available",
-                    Retry_After="2",
-                ) from error
+        try:
+            sender.hand_over(self._socket_path, client, envelope, data, HANDOFF_TIMEOUT_SECS)
+        except BlockingIOError as error:
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE, "daemon_busy", "The streaming service is busy", Retry_After="1"
+            ) from error
+        except OSError as error:
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "daemon_unavailable",
+                "The streaming service is not available",
+                Retry_After="2",
+            ) from error
 
 
 def _uri_too_long() -> Refusal:

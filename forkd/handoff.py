@@ -171,9 +171,14 @@ def read_sealed_memfd(fd: int, max_bytes: int) -> bytes:
 
 
 def send_handoff(sock: socket.socket, payload: bytes, fds: Sequence[int]) -> None:
-    """Send one handoff as one message. The fds stay the caller's, who must close them: the receiver has its own now."""
+    """Send one handoff, as one message (a stream socket may take it in pieces; the fds go with the first).
+
+    The fds stay the caller's, who must close them: the receiver has its own now.
+    """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-    sock.sendmsg([payload], rights, socket.MSG_NOSIGNAL)
+    sent = sock.sendmsg([payload], rights, socket.MSG_NOSIGNAL)
+    if sent != len(payload):
+        sock.sendall(payload[sent:], socket.MSG_NOSIGNAL)
 
 
 def reset_on_close(fd: int) -> None:
