@@ -35,6 +35,7 @@ from h2.settings import SettingCodes
 from forkd.settings import Http2 as Http2Settings
 from workers.loop import Loop, to_ticks
 from workers.upstream.exchange import NOBODY, Exchange, Failure
+from workers.upstream.fields import FieldEncoder
 from workers.upstream.message import HttpRequest
 from workers.upstream.transport import Transport
 
@@ -92,6 +93,7 @@ class Http2:
         "_heard_at",
         "_in_headers",
         "_loop",
+        "_most",
         "_next_number",
         "_owed",
         "_owner",
@@ -130,6 +132,8 @@ class Http2:
         self._partial = b""
         self._in_headers = False
         self._ready = False
+        self._most = 0
+        """So many exchanges at once."""
         self._going = False
         """The upstream takes no more exchanges on this connection."""
         self._used = False
@@ -142,6 +146,7 @@ class Http2:
         """When the PING that is not answered yet was sent; 0: none is out."""
         transport.owner = self
         connection = self._h2 = h2.connection.H2Connection(_CONFIG)
+        connection.encoder = FieldEncoder()  # type: ignore[assignment]
         connection.local_settings = h2.settings.Settings(
             client=True,
             initial_values={
@@ -160,9 +165,7 @@ class Http2:
     @property
     def room(self) -> int:
         """How many more exchanges it takes now."""
-        if not self._ready or self._going:
-            return 0
-        return min(self._settings.max_streams, self._h2.remote_settings.max_concurrent_streams) - len(self._exchanges)
+        return 0 if self._going else self._most - len(self._exchanges)
 
     @property
     def live(self) -> int:
@@ -439,6 +442,7 @@ class Http2:
                 self._flush()
 
     def _settings_changed(self) -> None:
+        self._most = min(self._settings.max_streams, self._h2.remote_settings.max_concurrent_streams)
         if not self._ready:
             self._ready = True
             self._owner.ready(self)

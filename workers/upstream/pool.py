@@ -58,6 +58,8 @@ class Pool:
         self._idle: list[Http1] = []
         self._busy: set[Http1] = set()
         self._shared: list[Http2] = []
+        self._roomy: list[Http2] = []
+        """Of the shared ones those with room, and maybe some that have none since a moment ago."""
         self._keeping_house = False
 
     @property
@@ -90,16 +92,18 @@ class Pool:
             connection.close()
         self._idle.clear()
         for shared in [one for one in self._shared if not one.live]:
-            self._shared.remove(shared)
+            self._leave(shared)
             shared.close()
 
     # Choosing.
 
     def _place(self, exchange: Exchange) -> bool:
         """Give it to a connection that has room now."""
-        for shared in self._shared:
+        for shared in self._roomy:
             if shared.room > 0 and not (exchange.fresh and shared.used and not shared.live):
                 shared.send(exchange)
+                if shared.room <= 0 and shared in self._roomy:  # it may be gone by now
+                    self._roomy.remove(shared)
                 return True
         if self._idle and not exchange.fresh:
             connection = self._idle.pop()
@@ -135,8 +139,14 @@ class Pool:
 
     def _dial_ahead(self) -> None:
         """HTTP/2: open the next connection before the last one is full, so that nobody waits for its handshake."""
-        if not self._dials and not self._unready and sum(one.room for one in self._shared) < self._each // AHEAD:
-            self._start_dial()
+        wanted = self._each // AHEAD
+        if self._dials or self._unready or not wanted:
+            return
+        for shared in self._roomy:
+            wanted -= shared.room
+            if wanted <= 0:
+                return
+        self._start_dial()
 
     # What becomes of a dial.
 
@@ -164,6 +174,11 @@ class Pool:
         self._dials.discard(dial)
         self._fail(failure)
 
+    def _leave(self, connection: Http2) -> None:
+        self._shared.remove(connection)
+        if connection in self._roomy:
+            self._roomy.remove(connection)
+
     def _fail(self, failure: Failure) -> None:
         waiting = self._waiting
         doomed = [waiting.popleft() for _ in range(min(self._each, len(waiting)))]  # none, if it was ahead of time
@@ -184,8 +199,10 @@ class Pool:
         self._room_each = room
         self.roomier(connection)
 
-    def roomier(self, _connection: Http2) -> None:
+    def roomier(self, connection: Http2) -> None:
         """HTTP/2: an exchange has ended, or there is more room otherwise."""
+        if connection.room > 0 and connection not in self._roomy:
+            self._roomy.append(connection)
         if self._waiting:
             self._serve()
             self._dial()
@@ -217,7 +234,7 @@ class Pool:
             self._unready.discard(connection)
             self._fail(failure)
         elif connection in self._shared:
-            self._shared.remove(connection)
+            self._leave(connection)
             self._dial()
 
     # Housekeeping.
@@ -233,7 +250,7 @@ class Pool:
         unused = [one for one in self._shared if not one.live]
         for shared in unused:
             if shared.idle_since < oldest or len(unused) > self._settings.pool_max_idle:
-                self._shared.remove(shared)
+                self._leave(shared)
                 shared.close()
         self._keeping_house = bool(self._idle or self._busy or self._shared or self._unready or self._dials)
         if self._keeping_house:
