@@ -24,7 +24,7 @@ worker another. So that process need not ask the master anything, and tells the 
 
 Layout, each part with one writer: WORKERS_MAX rows of 128 bytes by the workers (cache lines of their own, so that
 workers do not slow each other; what changes all the time is in the first), as many by the master about them, one by the
-master about itself, then a byte of state per slot and a byte of client kind per slot.
+master about itself, then a byte of state per slot, a byte of client kind per slot, and NOTE_BYTES of text per worker.
 """
 
 import mmap
@@ -37,6 +37,7 @@ _ROW_WORDS: Final = 16
 _ROW_BYTES: Final = _ROW_WORDS * 8
 _FIGURES: Final = 8
 """Where a worker's figures begin in its row: the second cache line."""
+NOTE_BYTES: Final = 256
 _STAGES: Final = ("starting", "running", "draining", "stopping")
 _LIVES: Final = ("", "starting", "ready", "draining", "dead", "standby")
 
@@ -67,8 +68,8 @@ class Kind(IntEnum):
 class Figures(NamedTuple):
     """What a worker says of itself once a second, for whoever looks after it.
 
-    oldest_ms is when the oldest of its streams was handed over (monotonic time), 0 if it has none. The last two are of
-    the second before.
+    oldest_ms is when the oldest of its streams was handed over (monotonic time), 0 if it has none. CPU and rate are of
+    the second before. stuck is how many handlers go on though nobody listens.
     """
 
     rss_bytes: int = 0
@@ -76,6 +77,7 @@ class Figures(NamedTuple):
     oldest_ms: int = 0
     cpu_percent: float = 0.0
     streams_per_sec: float = 0.0
+    stuck: int = 0
 
 
 class Board:
@@ -84,11 +86,12 @@ class Board:
     def __init__(self, slots: int) -> None:
         rows = (2 * WORKERS_MAX + 1) * _ROW_BYTES
         self.slots = slots
-        self.memory = mmap.mmap(-1, rows + 2 * slots)
+        self.memory = mmap.mmap(-1, rows + 2 * slots + WORKERS_MAX * NOTE_BYTES)
         whole = memoryview(self.memory)
         self.words = whole[:rows].cast("Q")
         self.states = whole[rows : rows + slots]
-        self.kinds = whole[rows + slots :]
+        self.kinds = whole[rows + slots : rows + 2 * slots]
+        self.notes = whole[rows + 2 * slots :]
 
     def row(self, index: int) -> "Row":
         """The row of the worker with this index."""
@@ -111,18 +114,22 @@ class Row:
     streams: how many streams are live.
     totals: started, completed, failed, bytes sent, over its whole life; a second old at most.
     figures: memory, CPU and the like; a second old at most.
+    note: what the operator should know of it in words, as a rule nothing. Who reads while it is written may find parts
+    of two.
     """
 
-    __slots__ = ("_at", "_words")
+    __slots__ = ("_at", "_note", "_words")
 
     def __init__(self, board: Board, index: int) -> None:
         self._words = board.words
         self._at = index * _ROW_WORDS
+        self._note = board.notes[index * NOTE_BYTES : (index + 1) * NOTE_BYTES]
 
     def clear(self) -> None:
         """Forget the previous worker of this index."""
         for word in range(_ROW_WORDS):
             self._words[self._at + word] = 0
+        self._note[0] = 0
 
     @property
     def beat(self) -> int:
@@ -160,14 +167,22 @@ class Row:
     @property
     def figures(self) -> Figures:
         first = self._at + _FIGURES
-        rss_bytes, cpu_ms, oldest_ms, cpu, rate = self._words[first : first + 5]
-        return Figures(rss_bytes, cpu_ms, oldest_ms, cpu / 1000, rate / 1000)
+        rss_bytes, cpu_ms, oldest_ms, cpu, rate, stuck = self._words[first : first + 6]
+        return Figures(rss_bytes, cpu_ms, oldest_ms, cpu / 1000, rate / 1000, stuck)
 
     def store_figures(self, figures: Figures) -> None:
-        rss_bytes, cpu_ms, oldest_ms, cpu, rate = figures
-        values = (rss_bytes, cpu_ms, oldest_ms, round(cpu * 1000), round(rate * 1000))  # a cell has no fractions
+        rss_bytes, cpu_ms, oldest_ms, cpu, rate, stuck = figures
+        values = (rss_bytes, cpu_ms, oldest_ms, round(cpu * 1000), round(rate * 1000), stuck)  # a cell has no fractions
         for word, value in enumerate(values, self._at + _FIGURES):
             self._words[word] = value
+
+    @property
+    def note(self) -> str:
+        return bytes(self._note).partition(b"\0")[0].decode(errors="replace")
+
+    def store_note(self, note: str) -> None:
+        data = note.encode(errors="replace")[: NOTE_BYTES - 1] + b"\0"
+        self._note[: len(data)] = data
 
     def cell_of_current(self) -> tuple[memoryview, int]:
         """The view and the index of `current`, for the worker's hot path (a call costs more than the store)."""

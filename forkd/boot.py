@@ -2,10 +2,24 @@
 
 import socket
 from dataclasses import dataclass
+from typing import Final
 
 from forkd.board import Board
 from forkd.logs import Logs
 from forkd.settings import Settings
+
+UNFIT: Final = 3
+"""The exit status of a worker that is `Unfit`."""
+
+
+class Unfit(Exception):
+    """A worker cannot work with its configuration, and others could not either. `faults` says why: texts, some with a
+    stack.
+    """
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
 
 
 @dataclass(frozen=True, slots=True)

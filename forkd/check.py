@@ -11,12 +11,14 @@ import argparse
 import grp
 import os
 import pickle
+import selectors
+import signal
 import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -28,6 +30,7 @@ from forkd.probe import ANSWER_SECS, probe
 from forkd.settings import (
     HttpBackend,
     ListenerSettings,
+    PythonBackend,
     Server,
     Settings,
     default_backends,
@@ -35,6 +38,8 @@ from forkd.settings import (
     worker_count,
 )
 from forkd.status import Place, Unreachable
+from forkd.target import BadTarget
+from forkd.target import load as load_target
 
 GOOD: Final = 0
 FAULTY: Final = 1
@@ -51,6 +56,8 @@ in the same environment.
 
 Then it looks at what the configuration names: sockets, log file, directories, the metrics port. As root it looks at
 what workers open as server.user would. A forkd that runs is recognised and left alone: check before each reload.
+
+It imports the handlers of python backends, each in a process of its own, as a worker would at its start.
 
 At last it asks each HTTP backend in use whether it is there and takes the key, by a request that costs nothing: the
 default backend, those of listeners, and those written in the file. Keys are never printed.
@@ -127,7 +134,7 @@ def _findings(path: str | None, settings: Settings, warnings: list[str], *, asks
         yield Finding(*_socket(listener))
     yield from _log(settings)
     yield from _metrics(settings)
-    yield from _as_user(settings, lambda: list(_files(path, settings)))
+    yield from _as_user(settings, lambda: [*_files(path, settings), *_handlers(settings)])
     yield from _backends(path, settings, asks=asks)
 
 
@@ -300,6 +307,8 @@ def _backends(path: str | None, settings: Settings, *, asks: bool) -> Iterator[F
     asked: list[_Probe] = []
     for name in _used(path, settings):
         backend = settings.backends[name]
+        if isinstance(backend, PythonBackend):
+            continue  # `_handlers` has looked at all of them
         if not isinstance(backend, HttpBackend):
             yield Finding(Level.OK, f"backend {name}", "answers by itself")
         elif not asks:
@@ -309,6 +318,57 @@ def _backends(path: str | None, settings: Settings, *, asks: bool) -> Iterator[F
             asked.append(_Probe(name, backend))
     for one in asked:
         yield one.finding()
+
+
+def _handlers(settings: Settings) -> Iterator[Finding]:
+    """Whether workers could import them. Each is tried in a child, which does not outlive it: it is others' code."""
+    secs = settings.workers.timeout_secs
+    for name, backend in settings.backends.items():
+        if not isinstance(backend, PythonBackend):
+            continue
+        fault = _import_fault(backend, secs)
+        text = f"{backend.target}: {fault}" if fault else f"{backend.target} can be imported"
+        yield Finding(Level.FAULT if fault else Level.OK, f"backend {name}", text)
+
+
+def _import_fault(backend: PythonBackend, secs: float) -> str:
+    """Why a handler cannot be imported within `secs`, or ""."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _try_import(backend, write_end)
+    os.close(write_end)
+    answer = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(read_end, selectors.EVENT_READ)
+        if over := not selector.select(secs):
+            os.kill(pid, signal.SIGKILL)
+        else:
+            answer = os.read(read_end, 65536)
+    os.close(read_end)
+    _, status = os.waitpid(pid, 0)
+    if over:
+        return f"importing it takes longer than {secs:g} s (workers.timeout_secs)"
+    if not answer:
+        return f"importing it ended the process, which {process.how_it_ended(os.waitstatus_to_exitcode(status))}"
+    return answer[1:].decode(errors="replace")
+
+
+def _try_import(backend: PythonBackend, pipe: int) -> NoReturn:
+    """In the child: import, tell, go. What the code prints is not ours to show."""
+    fault = ""
+    try:
+        with open(os.devnull, "r+b") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+        load_target(backend.target, backend.path)
+    except BadTarget as error:
+        fault = str(error)
+    except BaseException as error:
+        fault = f"{type(error).__name__}: {error}"
+    finally:
+        os.write(pipe, b"." + fault.encode(errors="replace")[:4000])  # of less than a pipe holds
+        os._exit(0)  # whatever threads it has started, and functions it wants to be called at the end
 
 
 def _used(path: str | None, settings: Settings) -> list[str]:

@@ -101,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ListenError, OSError) as error:
         print(f"forkd: {error}", file=sys.stderr)
         return 1
-    return master.run()
+    status = master.run()
+    if status and own.file is not None:
+        print(f"forkd: it did not work out; the log, {own.file}, says why", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

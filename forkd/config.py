@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from forkd import strictyaml
+from forkd import strictyaml, target
 from forkd.convert import Walk, kind_of, shown
 from forkd.handoff_data import HandoffData
 from forkd.settings import (
@@ -30,6 +30,7 @@ from forkd.settings import (
     HttpBackend,
     LangGraphBackend,
     ListenerSettings,
+    PythonBackend,
     Secret,
     Settings,
     default_socket_path,
@@ -37,7 +38,7 @@ from forkd.settings import (
 )
 
 # What this version can do of what can be configured. A new feature is let in here, and nowhere else.
-AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph"})
+AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph", "python"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff", "fdpass"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
 # The reference's variables and those that are like them, and what each sets.
@@ -170,6 +171,8 @@ def _check(settings: Settings, walk: Walk) -> None:
     for name, backend in settings.backends.items():
         if isinstance(backend, HttpBackend):
             _check_http(f"backends.{name}", backend, walk)
+        elif isinstance(backend, PythonBackend):
+            _check_python(f"backends.{name}", backend, walk)
     try:
         parse_address(settings.metrics.listen_addr)
     except ValueError as error:
@@ -284,6 +287,23 @@ def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:
         walk.fault(f"{key}.stream_mode", f"{backend.stream_mode} has no text to take out: it needs format: raw")
     if backend.ca_file is not None and (fault := _ca_fault(backend.ca_file)):
         walk.fault(f"{key}.ca_file", f"{shown(backend.ca_file)}: {fault}")
+
+
+def _check_python(key: str, backend: PythonBackend, walk: Walk) -> None:
+    """What can be said of a handler without importing it, which only workers do."""
+    if backend.target is not None:
+        try:
+            module, _ = target.split(backend.target)
+        except ValueError as error:
+            walk.fault(f"{key}.target", f"expected {error}, got {shown(backend.target)}")
+        else:
+            if (top := module.partition(".")[0]) in target.RESERVED:
+                walk.fault(f"{key}.target", f"{top} is forkd's own; give your module another name")
+    for index, directory in enumerate(backend.path):
+        if directory is not None and not os.path.isabs(directory):
+            walk.fault(f"{key}.path[{index}]", f"expected an absolute path, got {shown(directory)}")
+        elif directory is not None and not os.path.isdir(directory):
+            walk.fault(f"{key}.path[{index}]", f"there is no directory {shown(directory)}")
 
 
 def _ca_fault(path: str) -> str:

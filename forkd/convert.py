@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 import msgspec
 from msgspec import NODEFAULT, Struct, inspect
 
-from forkd.settings import PROVIDERS, Backend, FileMode, ListenerSettings, Secret, Settings
+from forkd.settings import PROVIDERS, Backend, FileMode, ListenerSettings, Secret, Settings, default_backends
 
 # The reference's keys that have another name here, and those that have none.
 REFERENCE_KEYS: Final[Mapping[str, str | None]] = {
@@ -135,7 +135,7 @@ class Walk:
         """The backends that are written, over those that exist anyway."""
         written = self.mapping(raw, "backends")
         backends: dict[str, Backend] = {}
-        for name in {**PROVIDERS, **written}:
+        for name in {**default_backends(), **written}:
             key = join("backends", name)
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
                 self.fault(key, "a backend's name is made of up to 64 letters, digits, dots, hyphens and underscores")

@@ -12,7 +12,7 @@ reload waits, and of several that wait the last counts.
     asked -> (waiting) -> coming -> current -> leaving -> gone
                             |
                             +--> abandoned: DEATHS_MAX of its workers died before they were ready, or they were not
-                                 ready within READY_SECS
+                                 ready within READY_SECS, or one said that its configuration is unfit to work with
 
 Recycling replaces one worker of the current generation by another of the same: the replacement is ready first.
 
@@ -48,7 +48,7 @@ WORKERS_WANTED_MAX: Final = 1024
 class Generation:
     """One configuration. `wanted` is how many workers it is to have."""
 
-    __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "wanted")
+    __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "unfit", "wanted")
 
     def __init__(self, number: int, settings: Settings) -> None:
         self.number = number
@@ -56,6 +56,8 @@ class Generation:
         self.wanted = worker_count(settings)
         self.deaths = 0
         """Of its workers, before they were ready."""
+        self.unfit = False
+        """One of its workers said that none could work with these settings, before it was ready."""
         self.ready_by = 0.0
         self.failures = 0
         """How many times in a row births came to nothing."""
@@ -166,15 +168,22 @@ class Generations:
         if recycled is not None and recycled is not peer:
             self.retire(recycled, now)
 
-    def died(self, peer: Peer, was: Life, now: float) -> None:
-        """A worker is dead; it is in `peers` no more."""
+    def died(self, peer: Peer, was: Life, now: float, *, unfit: bool = False) -> None:
+        """A worker is dead; it is in `peers` no more. `unfit`: it ended by itself, since it could not work with its
+        configuration.
+        """
         if peer is self._recycled:
             self._recycled = None
         for generation in (self.current, self.coming):
             if generation is not None and generation.number == peer.generation and was is Life.STARTING:
                 generation.back_off(now)
                 generation.deaths += 1
-                if generation is self.coming and generation.deaths >= DEATHS_MAX:
+                generation.unfit |= unfit
+                if generation is not self.coming:
+                    continue
+                if unfit:
+                    self._abandon("its workers cannot work with the new configuration (see above)", now)
+                elif generation.deaths >= DEATHS_MAX:
                     self._abandon(f"{generation.deaths} of its workers died before they were ready", now)
         self._begin(now)
 

@@ -131,6 +131,8 @@ class Master:
         self._second = 0.0
         self._intake: Intake | None = None
         self._handed_over = False
+        self._failed = False
+        """It could not start."""
         self._hurried = False
         """After that, it was told to stop."""
         self._reported = False
@@ -543,7 +545,12 @@ class Master:
     def _report_if_ready(self) -> None:
         """When all workers are ready, tell systemd, and the master that started us, if one did."""
         if self._supervisor.ready < self._supervisor.wanted:
-            if self._is_heir and self._supervisor.generations.current.deaths >= DEATHS_MAX:
+            current = self._supervisor.generations.current
+            if current.unfit:  # to try again and again would only hide it
+                self._log.error("forkd cannot start: no worker can work with this configuration (see above)")
+                self._failed = True
+                self._finish(0)
+            elif self._is_heir and current.deaths >= DEATHS_MAX:
                 self._log.error("upgrade: workers of the new master die before they are ready: giving up")
                 self._finish(0)
             return
@@ -623,7 +630,7 @@ class Master:
             self._print_summary()
         self._log.info("forkd stopped")
         self._logs.sink.flush()
-        return 1 if fallen_through else 0
+        return 1 if fallen_through or self._failed else 0
 
     def _print_summary(self) -> None:
         """The reference's summary, on standard output."""

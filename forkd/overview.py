@@ -39,6 +39,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     cpu_ms: int = 0
     rss_bytes: int = 0
     oldest_stream_secs: float | None = None
+    stuck_handlers: int = 0
+    note: str = ""
+    """What the operator should know, in words; as a rule nothing."""
 
 
 class Status(Struct, frozen=True, kw_only=True):
@@ -125,6 +128,8 @@ class Overview:
                 cpu_ms=figures.cpu_ms,
                 rss_bytes=figures.rss_bytes,
                 oldest_stream_secs=round(max(0.0, now - figures.oldest_ms / 1000), 1) if figures.oldest_ms else None,
+                stuck_handlers=figures.stuck,
+                note=row.note,
             )
 
     def gauges(self) -> Iterator[tuple[str, str, float]]:
@@ -147,6 +152,7 @@ class Overview:
         for worker in workers:
             if worker.rss_bytes:  # it has not told yet
                 yield "forkd_worker_resident_memory_bytes", str(worker.index), worker.rss_bytes
+        yield "forkd_stuck_handlers", "", sum(worker.stuck_handlers for worker in workers)
 
     def sickness(self) -> str:
         """What is wrong with the master, or "". (If it were dead, this process would be, too.)"""

@@ -15,6 +15,7 @@ from rich.text import Text
 from forkd.overview import Status, WorkerStatus
 
 _ROOMY_COLUMNS: Final = 90
+_NOTES_MAX: Final = 3
 _BAR_COLUMNS: Final = 12
 _LINES_BESIDE_ROWS: Final = 7
 """Of a live panel: the head, the table's header, what is below, and the blank lines between."""
@@ -55,12 +56,17 @@ class Panel:
 
     def render(self, console: Console, *, live: bool = False) -> RenderableType:
         """All of it, in the console's width; if it is `live` in its height too, which leaves workers out if it must."""
-        most = max(2, console.height - _LINES_BESIDE_ROWS - bool(self._trouble())) if live else None
         workers = sorted(self.status.workers, key=lambda worker: (-worker.generation, worker.index))
+        notes = [Text(f"worker {one.index}: {one.note}", "bold red") for one in workers if one.note][:_NOTES_MAX]
+        # A note is longer than most terminals are wide.
+        beside = _LINES_BESIDE_ROWS + bool(self._trouble()) + (2 * len(notes) + 1 if notes else 0)
+        most = max(2, console.height - beside) if live else None
         shown = workers if most is None or len(workers) < most else workers[: most - 2]
         parts: list[RenderableType] = [*self._head(console), "", self._table(console, shown)]
         if len(shown) < len(workers):
             parts.append(Text(f"and {len(workers) - len(shown)} more", "dim"))
+        if notes:
+            parts += ["", *notes]
         if live:
             parts += ["", Text("Ctrl-C to leave", "dim")]
         return Group(*parts)

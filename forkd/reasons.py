@@ -74,6 +74,11 @@ _TABLE = (
     Reason("backend_garbled", 502, Metric.NETWORK, "The backend broke the protocol"),
     Reason("backend_head_too_large", 502, Metric.NETWORK, "The backend broke the protocol"),
     Reason("backend_event_too_large", 502, Metric.NETWORK, "The backend broke the protocol"),
+    # A handler (provider: python): no thread is free for it, it raised, yielded what cannot be sent, yields nothing.
+    Reason("handler_busy", 503, Metric.OTHER, "The server is out of capacity"),
+    Reason("handler_error", 502, Metric.OTHER, "The backend reported an error"),
+    Reason("handler_bad_yield", 502, Metric.OTHER, "The backend reported an error"),
+    Reason("handler_timeout", 504, Metric.TIMEOUT, "The backend fell silent"),
     # The client.
     Reason("client_disconnected", 0, Metric.CLIENT_DISCONNECTED, "The client went away"),
     Reason("write_timeout", 0, Metric.TIMEOUT, "The client stopped reading"),

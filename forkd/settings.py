@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from forkd import cpus
 
@@ -393,21 +393,42 @@ class LangGraphBackend(HttpBackend, frozen=True, kw_only=True):
     ] = "messages-tuple"
 
 
-Backend: TypeAlias = MockBackend | TypingBackend | OpenAiBackend | AnthropicBackend | LangGraphBackend
+class PythonBackend(Struct, frozen=True, kw_only=True):
+    """``provider: python`` is a function of your own, which yields the answer: see docs/handlers.md."""
 
-# The kinds of backend that can be configured. Each name is also a backend that exists without being written.
+    provider: Annotated[Literal["python"], about("Which kind of backend this is")] = "python"
+    target: Annotated[Text, about("`module:function`, a generator or an async generator")]
+    path: Annotated[
+        tuple[Text, ...], about("Directories to look for modules in, absolute, after all that forkd itself can import")
+    ] = ()
+    threads: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)],
+        about("Plain generators that run at once, in each worker. Async ones need none of these"),
+    ] = 64
+    queue_size: Annotated[Count, about("Streams that may wait for a thread, in each worker; more get a 503")] = 1024
+    queue_timeout_secs: Annotated[PositiveSeconds, about("How long one may wait before its 503")] = 5
+    idle_timeout_secs: Annotated[PositiveSeconds, about("From one `yield` to the next, the first included")] = 120
+    format: Annotated[Literal["json", "text"], about('`json`: `{"content": …}`. `text`: plain data lines')] = "json"
+
+
+Backend: TypeAlias = MockBackend | TypingBackend | OpenAiBackend | AnthropicBackend | LangGraphBackend | PythonBackend
+
+# The kinds of backend that can be configured. Each name is also that of a backend, which exists without being written
+# if nothing about it must be (`default_backends`).
 PROVIDERS: Final[Mapping[str, type[Backend]]] = {
     "mock": MockBackend,
     "typing": TypingBackend,
     "openai": OpenAiBackend,
     "anthropic": AnthropicBackend,
     "langgraph": LangGraphBackend,
+    "python": PythonBackend,
 }
 
 
 def default_backends() -> dict[str, Backend]:
-    """The backends that exist without being written."""
-    return {name: kind() for name, kind in PROVIDERS.items()}
+    """The backends that exist without being written: those of which nothing must be."""
+    alone = [name for name, kind in PROVIDERS.items() if not any(key.required for key in structs.fields(kind))]
+    return {name: PROVIDERS[name]() for name in alone}  # type: ignore[call-arg] # mypy cannot know what is not required
 
 
 class Metrics(Struct, frozen=True, kw_only=True):

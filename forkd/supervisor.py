@@ -24,7 +24,7 @@ from typing import Final
 
 from forkd import channel, cpus, handoff, process
 from forkd.board import WORKERS_MAX, Board
-from forkd.boot import Boot
+from forkd.boot import UNFIT, Boot, Unfit
 from forkd.channel import Down, Up
 from forkd.dispatcher import Dispatcher
 from forkd.generations import Generation, Generations
@@ -42,7 +42,9 @@ Run = Callable[[Boot], None]
 
 
 class Supervisor:
-    """The workers. `run` is the worker's main function; it is called in the child and returns when it may exit."""
+    """The workers. `run` is the worker's main function; it is called in the child and returns when it may exit, or
+    raises Unfit.
+    """
 
     def __init__(
         self,
@@ -246,6 +248,10 @@ class Supervisor:
                 )
             )
             code = 0
+        except Unfit as unfit:
+            code = UNFIT
+            for fault in unfit.faults:
+                self._log.error("%s", fault)
         except BaseException:
             self._log.exception("worker %d broke", index)
         finally:
@@ -314,7 +320,7 @@ class Supervisor:
             for slot, attempt in pairs:
                 dispatcher.returned(peer, slot, attempt)
         elif kind is Up.DRAINING:
-            self._log.info("worker %d drains: it was sent SIGTERM", peer.index)
+            self._log.info("worker %d drains: it was sent SIGTERM, or asks to be replaced", peer.index)
             self.generations.retire(peer, time.monotonic())
             self.maintain(time.monotonic())
 
@@ -350,7 +356,7 @@ class Supervisor:
             self._log.error(
                 "worker %d (pid %d) %s; streams: %s", peer.index, peer.pid, process.how_it_ended(code), what
             )
-        self.generations.died(peer, was, now)
+        self.generations.died(peer, was, now, unfit=code == UNFIT)
         self.maintain(now)
 
     def _kill(self, peer: Peer) -> None:

@@ -14,6 +14,7 @@ from workers.offload import Offload
 from workers.upstream.pool import Pool
 
 if TYPE_CHECKING:
+    from workers.handlers.watch import Handlers
     from workers.stream import Stream
 
 
@@ -79,6 +80,8 @@ class Context:
     attachments: Attachments
     files: Offload
     """For reading and deleting attachments beside the loop."""
+    handlers: "Handlers"
+    """Those who run users' handlers."""
     finished: list[tuple[int, int]] = field(default_factory=list)
     started: int = 0
     completed: int = 0

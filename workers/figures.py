@@ -30,8 +30,10 @@ class Measure:
         self._cpu_secs = self._usage.cpu_secs()
         self._started = 0
 
-    def take(self, started: int, streams: "Collection[Stream]") -> Figures:
-        """The figures now. `started` counts the streams so far, `streams` are those that live."""
+    def take(self, started: int, streams: "Collection[Stream]", stuck: int = 0) -> Figures:
+        """The figures now. `started` counts the streams so far, `streams` are those that live; `stuck` counts
+        handlers.
+        """
         now, cpu_secs = time.monotonic(), self._usage.cpu_secs()
         elapsed = now - self._at
         share = 1 / elapsed if elapsed >= _SHORTEST_SECS else 0.0
@@ -41,6 +43,7 @@ class Measure:
             oldest_ms=int(min(map(_STARTED_AT, streams)) * 1000) if streams else 0,
             cpu_percent=(cpu_secs - self._cpu_secs) * 100 * share,
             streams_per_sec=(started - self._started) * share,
+            stuck=stuck,
         )
         self._at, self._cpu_secs, self._started = now, cpu_secs, started
         return figures

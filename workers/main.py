@@ -23,6 +23,7 @@ from workers.backends import registry
 from workers.backends.base import HttpBackend
 from workers.context import Context, Timings
 from workers.figures import Measure
+from workers.handlers.watch import Handlers
 from workers.loop import Loop, to_ticks
 from workers.offload import Offload
 from workers.reception import Reception
@@ -34,8 +35,10 @@ MESSAGES_PER_TURN: Final = 64
 PAIRS_PER_MESSAGE: Final = 4096
 HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
 SWEEP_TICKS: Final = to_ticks(60.0)
-FILES_SECS: Final = 1.0
-"""How long the end waits for the last attachments to be deleted: threads do it, which end with the process."""
+LAST_SECS: Final = 1.0
+"""How long the end waits for the last attachments to be deleted, and the last handlers to be closed: threads do it,
+which end with the process.
+"""
 
 _HANDLED: Final = (signal.SIGTERM, signal.SIGUSR1)
 _IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE)
@@ -82,6 +85,7 @@ class Worker:
             },
             attachments=Attachments(settings.server.data_dir),
             files=Offload(self._loop),
+            handlers=Handlers(self._loop, boot.logs.logger, backends),
         )
         if self._context.metrics.fault is not None:
             boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)
@@ -92,6 +96,9 @@ class Worker:
         self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
         self._draining = False
+        self._replaced = False
+        """Another worker was asked for."""
+        self._note = ""
         self._hears = True
         self._speaks = True
         selector = self._loop.selector
@@ -116,8 +123,8 @@ class Worker:
             if context.finished or self._returned:
                 self._report()
             context.logs.sink.flush()
-        given_up_at = loop.now + FILES_SECS
-        while context.files.pending and loop.now < given_up_at:
+        given_up_at = loop.now + LAST_SECS
+        while (context.files.pending or context.handlers.unfinished) and loop.now < given_up_at:
             loop.turn()
         self._store_totals()
         context.metrics.flush()
@@ -216,7 +223,8 @@ class Worker:
         self._collector.tidy(self._loop.now, idle=not live)
         self._row.store_streams(live)
         self._store_totals()
-        self._row.store_figures(self._measure.take(context.started, context.streams))
+        self._look_after_handlers()
+        self._row.store_figures(self._measure.take(context.started, context.streams, context.handlers.stuck))
         context.logs.tell_repeats()
         dropped = context.logs.sink.take_dropped()
         if dropped:
@@ -226,6 +234,17 @@ class Worker:
         state = " draining" if self._draining else ""
         self._title.show(f"forkd: worker {boot.index} [gen {boot.generation}]{state} streams={live}", self._loop.now)
         self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping))
+
+    def _look_after_handlers(self) -> None:
+        handlers = self._context.handlers
+        handlers.look()
+        if (note := handlers.note()) != self._note:
+            self._row.store_note(note)
+            self._note = note
+        if handlers.exhausted and not self._replaced and not self._draining:
+            self._replaced = True
+            self._context.log.error("too many handlers are stuck: asking to be replaced by another worker")
+            self._ask_to_go()
 
     def _sweep(self) -> None:
         """Attachments that no stream came for, or whose worker died."""
@@ -263,7 +282,10 @@ class _Callback:
 
 
 def run(boot: Boot) -> None:
-    """The child's main function: everything between the fork and the exit. The master's fds are closed already."""
+    """The child's main function: everything between the fork and the exit. The master's fds are closed already.
+
+    Raises Unfit.
+    """
     signals = process.Signals(_HANDLED, _IGNORED)
     faulthandler.enable(file=boot.logs.sink.fd, all_threads=True)
     boot.logs.rename(f"worker {boot.index}")

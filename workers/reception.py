@@ -17,6 +17,7 @@ from forkd.handoff import (
 )
 from forkd.settings import ListenerSettings
 from workers.backends.base import Backend, HttpBackend, PacedBackend
+from workers.backends.handler import HandlerBackend
 from workers.bare import BareStream
 from workers.context import Context
 from workers.paced import PacedSource
@@ -187,5 +188,7 @@ def _source(context: Context, stream: Stream, backend: Backend, request: Request
     """The source that drives this shape of backend."""
     if isinstance(backend, HttpBackend):
         return RelaySource(context, stream, backend, request)
+    if isinstance(backend, HandlerBackend):
+        return context.handlers.source(context, stream, backend, request)
     assert isinstance(backend, PacedBackend)
     return PacedSource(context, stream, backend.steps(request.data))

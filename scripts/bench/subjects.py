@@ -20,6 +20,7 @@ from shape import Shape
 from trial import TrialError, try_streams, wait_for_listener
 
 TRIAL_DATA = b'{"prompt":"Hello","user_id":"u1","request_id":"bench-trial","backend":"trial"}'
+_HANDLERS = Path(__file__).with_name("handlers")
 _PAUSED_FORKD = Path(__file__).with_name("paused_forkd.py")
 
 
@@ -50,7 +51,7 @@ class Floor:
         return ready(daemon, lambda: wait_for_listener(socket_path))
 
 
-def _mock(shape: Shape, api: Api | None) -> dict[str, Any]:
+def _mock(shape: Shape, api: Api | None, directory: Path) -> dict[str, Any]:
     text = " ".join(shape.words)
     return {
         "mock": {"provider": "mock", "token_delay_ms": shape.delay_ms, "text": text},
@@ -58,7 +59,7 @@ def _mock(shape: Shape, api: Api | None) -> dict[str, Any]:
     }
 
 
-def _openai(shape: Shape, api: Api | None) -> dict[str, Any]:
+def _openai(shape: Shape, api: Api | None, directory: Path) -> dict[str, Any]:
     assert api is not None
     http2 = {"http1": False, "h2": "force", "h2-tls": True}[api.upstream]
     own = {"provider": "openai", "api_base": api.base, "api_key": "dummy", "http2": {"enabled": http2}}
@@ -68,7 +69,30 @@ def _openai(shape: Shape, api: Api | None) -> dict[str, Any]:
     return {"openai": own, "trial": deepcopy(own) | {"default_model": TRIAL_MODEL}}
 
 
-BACKENDS: Mapping[str, Callable[[Shape, Api | None], dict[str, Any]]] = {"mock": _mock, "openai": _openai}
+def _python(shape: Shape, api: Api | None, directory: Path) -> dict[str, Any]:
+    return _handler("python", "words:say", shape, directory)
+
+
+def _python_async(shape: Shape, api: Api | None, directory: Path) -> dict[str, Any]:
+    return _handler("python-async", "words:say_async", shape, directory)
+
+
+def _handler(name: str, target: str, shape: Shape, directory: Path) -> dict[str, Any]:
+    # What the handlers are to say, beside them, since a configuration has no room for it.
+    (directory / "said.py").write_text(f"WORDS = {shape.words!r}\nDELAY_SECS = {shape.delay_ms / 1000}\n")
+    own: dict[str, Any] = {"provider": "python", "target": target, "threads": min(shape.streams, 4096)}
+    return {
+        name: own | {"path": [str(_HANDLERS), str(directory)]},
+        "trial": own | {"path": [str(_HANDLERS), str(directory)]},
+    }
+
+
+BACKENDS: Mapping[str, Callable[[Shape, Api | None, Path], dict[str, Any]]] = {
+    "mock": _mock,
+    "openai": _openai,
+    "python": _python,
+    "python-async": _python_async,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +149,7 @@ class Forkd:
             "server": {"socket_path": str(socket_path), "max_connections": 100_000, "ledger": self.ledger},
             "workers": {"count": self.workers},
             "default_backend": self.backend,
-            "backends": BACKENDS[self.backend](shape, api),
+            "backends": BACKENDS[self.backend](shape, api, socket_path.parent),
             "metrics": {"enabled": True, "listen_addr": "127.0.0.1:0"},
             "logging": {"level": "info", "format": "pretty", "access": True, "file": str(log)},
         }

@@ -23,7 +23,8 @@ def test_no_two_cells_overlap() -> None:
         row.store_current(2000 + index)
         row.store_streams(3000 + index)
         row.store_totals(1, 2, 3, 2**63 + index)
-        row.store_figures(Figures(2**40 + index, 8, 9, 99.875, 1234.5))
+        row.store_figures(Figures(2**40 + index, 8, 9, 99.875, 1234.5, 7))
+        row.store_note(f"note {index}")
         peer = board.peer_row(index)
         peer.store_born(4000 + index, 5)
         peer.store("ready", 6, late=True)
@@ -37,7 +38,8 @@ def test_no_two_cells_overlap() -> None:
         row = board.row(index)
         assert (row.beat, row.current, row.streams) == (1000 + index, 2000 + index, 3000 + index)
         assert row.totals == (1, 2, 3, 2**63 + index)
-        assert row.figures == (2**40 + index, 8, 9, 99.875, 1234.5)
+        assert row.figures == (2**40 + index, 8, 9, 99.875, 1234.5, 7)
+        assert row.note == f"note {index}"
         assert row.rss_bytes == 2**40 + index
         peer = board.peer_row(index)
         assert (peer.life, peer.pid, peer.generation, peer.streams, peer.late) == ("ready", 4000 + index, 5, 6, True)
@@ -56,7 +58,9 @@ def test_a_row_can_be_cleared_for_the_next_worker_of_its_index() -> None:
     board.row(5).store_beat(10)
     board.row(4).store_totals(1, 1, 1, 1)
     board.row(4).store_figures(Figures(1, 1, 1, 1.0, 1.0))
+    board.row(4).store_note("stuck")
     board.row(4).clear()
+    assert board.row(4).note == ""
     assert board.row(4).beat == 0
     assert board.row(4).figures == Figures()
     assert board.row(4).totals == (0, 0, 0, 0)
@@ -73,9 +77,18 @@ def test_restarts_outlive_the_workers_they_count() -> None:
     assert peer.restarts == 2
 
 
+def test_a_note_has_an_end_however_long_it_is() -> None:
+    board = Board(1)
+    board.row(1).store_note("second")
+    board.row(0).store_note("☃" * 1000)
+    assert board.row(0).note == "☃" * 85  # of three bytes each
+    board.row(0).store_note("short")
+    assert (board.row(0).note, board.row(1).note) == ("short", "second")
+
+
 def test_figures_have_three_decimals() -> None:
     row = Board(1).row(1)
-    assert row.figures == Figures() == (0, 0, 0, 0.0, 0.0)
+    assert row.figures == Figures() == (0, 0, 0, 0.0, 0.0, 0)
     row.store_figures(Figures(cpu_percent=12.34567, streams_per_sec=0.0004))
     assert (row.figures.cpu_percent, row.figures.streams_per_sec) == (12.346, 0.0)
 

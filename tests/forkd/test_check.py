@@ -6,6 +6,7 @@ import pwd
 import resource
 import socket
 import stat
+import sys
 from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from forkd import check, probe
 from forkd.cli import main
 from forkd.finding import Finding, Level
 from tests.forkd.test_status import STATUS, answering
+from tests.harness import own_fds
 
 KEY = "sk-very-secret-0123456789"
 
@@ -373,3 +375,32 @@ class TestBackends:
         said = run(backends={"own": {**self.OWN, "connect_timeout_secs": 0.05}})
         assert (said.status, said.the("backend own")[0]) == (1, "fault")
         assert probe.ANSWER_SECS > 1
+
+
+class TestHandlers:
+    @pytest.mark.parametrize(
+        ("source", "level", "said"),
+        [
+            ("print('noise')\ndef f(h): yield", "ok", "own:f can be imported"),
+            ("def f(h): pass", "fault", "own:f: own:f is no generator: there is no yield in it"),
+            ("import os\nos._exit(9)", "fault", "own:f: importing it ended the process, which exited with status 9"),
+            ("import os\nos.abort()", "fault", "own:f: importing it ended the process, which was killed by SIGABRT"),
+            ("1 / 0", "fault", "own:f: importing own failed: ZeroDivisionError: division by zero"),
+            (
+                "import time\ntime.sleep(99)",
+                "fault",
+                "own:f: importing it takes longer than 1.1 s (workers.timeout_secs)",
+            ),
+        ],
+    )
+    def test_they_are_imported_in_a_child(self, run: Checker, source: str, level: str, said: str) -> None:
+        (run.directory / "own.py").write_text(source)
+        own = {"provider": "python", "target": "own:f", "path": [str(run.directory)]}
+        fds = own_fds()
+        checked = run(backends={"own": own}, workers={"timeout_secs": 1.1})
+        assert checked.the("backend own") == (level, said)
+        assert checked.status == (0 if level == "ok" else 1)
+        assert "own" not in sys.modules
+        assert own_fds() == fds
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)

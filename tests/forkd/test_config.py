@@ -254,7 +254,7 @@ logging: {access: perhaps}
         "listeners[1]: expected a mapping, got a string",
         'backends.openai.idle_timeout_secs: expected a number, got "fast"',
         "backends.openai.http2.max_streams: expected a whole number from 1 to 10000, got 0",
-        "backends.mine.provider: is missing; expected one of mock, typing, openai, anthropic, langgraph",
+        "backends.mine.provider: is missing; expected one of mock, typing, openai, anthropic, langgraph, python",
         'logging.access: expected true or false, got "perhaps"',
     ]
     found = faults(lambda: load_text(text))
@@ -358,16 +358,16 @@ logging: {access: perhaps}
         ("backends: [mock]", "backends: expected a mapping, got a list"),
         (
             "backends: {claude: {provider: pigeon}}",
-            'backends.claude.provider: expected one of mock, typing, openai, anthropic, langgraph; got "pigeon"',
+            f'backends.claude.provider: expected one of {", ".join(PROVIDERS)}; got "pigeon"',
         ),
         (
             "backends: {mock: {provider: [x]}}",
-            "backends.mock.provider: expected one of mock, typing, openai, anthropic, langgraph; got a list",
+            "backends.mock.provider: expected one of mock, typing, openai, anthropic, langgraph, python; got a list",
         ),
         # the name exists, though its provider does not: one fault is enough
         (
             "{default_backend: claude, backends: {claude: {provider: pigeon}}}",
-            'backends.claude.provider: expected one of mock, typing, openai, anthropic, langgraph; got "pigeon"',
+            f'backends.claude.provider: expected one of {", ".join(PROVIDERS)}; got "pigeon"',
         ),
         (
             "backends: {my backend: {provider: mock}}",
@@ -424,6 +424,26 @@ logging: {access: perhaps}
         (
             "backends: {langgraph: {usage: no}}",
             "backends.langgraph.usage: unknown key; did you mean backends.openai.usage?",
+        ),
+        ("backends: {python: {}}", "backends.python.target: is missing"),
+        (
+            "backends: {own: {provider: python, target: app}}",
+            'backends.own.target: expected a module and a function such as "app.chat:answer", got "app"',
+        ),
+        ("backends: {own: {provider: python, target: 7}}", "backends.own.target: expected a string, got 7"),
+        (
+            "backends: {own: {provider: python, target: workers.main:run}}",
+            "backends.own.target: workers is forkd's own; give your module another name",
+        ),
+        (
+            "backends: {own: {provider: python, target: 'a:f', path: [own, /no, 5]}}",
+            "backends.own.path[2]: expected a string, got 5\n"
+            'backends.own.path[0]: expected an absolute path, got "own"\n'
+            'backends.own.path[1]: there is no directory "/no"',
+        ),
+        (
+            "default_backend: python",
+            'default_backend: expected one of mock, typing, openai, anthropic, langgraph; got "python"',
         ),
         ("backends: {openai: {ca_file: /no}}", 'backends.openai.ca_file: "/no": No such file or directory'),
         ("backends: {openai: {ca_file: /}}", 'backends.openai.ca_file: "/": is not a regular file'),

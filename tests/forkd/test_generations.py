@@ -75,11 +75,11 @@ class Town:
             if peer.life is Life.STARTING:  # as the supervisor, who does not tell of one that was told to go
                 self.generations.ready(peer, self.now)
 
-    def die(self, *peers: Peer) -> None:
+    def die(self, *peers: Peer, unfit: bool = False) -> None:
         for peer in peers:
             was, peer.life = peer.life, Life.DEAD
             self.peers.remove(peer)
-            self.generations.died(peer, was, self.now)
+            self.generations.died(peer, was, self.now, unfit=unfit)
 
     def tick(self, secs: float = 0.25) -> None:
         self.now += secs
@@ -214,6 +214,33 @@ def test_an_old_worker_that_dies_meanwhile_is_replaced_by_one_of_its_kind() -> N
     town.ready(*new)
     assert replacement.life is Life.DRAINING  # it had not even started
     assert heard(replacement) == [Down.DRAIN]
+
+
+def test_a_reload_is_abandoned_at_once_when_a_worker_cannot_work_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    town = Town(count=2)
+    old = town.started()
+    new = town.reload(count=2)
+    town.ready(new[0])
+    town.die(new[1], unfit=True)
+    assert not town.generations.reloading
+    assert [succeeded for _, succeeded in town.changes] == [False]
+    assert [peer.life for peer in old] == [Life.READY] * 2
+    assert heard(new[0]) == [Down.STOP]
+    assert "the reload failed: its workers cannot work with the new configuration (see above)" in caplog.text
+
+
+def test_a_worker_that_becomes_unfit_later_is_tried_again() -> None:
+    """Its code on the disk was changed: the others serve, and somebody may mend it."""
+    town = Town(count=2)
+    old = town.started()
+    assert not town.generations.current.unfit
+    town.die(old[0])
+    (new,) = town.births()
+    town.die(new, unfit=True)
+    assert town.generations.current.unfit
+    assert town.births() == []
+    town.tick(BACKOFF_FIRST_SECS)
+    assert len(town.births()) == 1
 
 
 def test_a_reload_is_abandoned_after_three_deaths(caplog: pytest.LogCaptureFixture) -> None:

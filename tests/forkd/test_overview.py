@@ -53,8 +53,9 @@ def test_a_worker() -> None:
     row.store_totals(50, 40, 1, 9000)
     oldest_ms = int((time.monotonic() - 12.3) * 1000)
     row.store_figures(
-        Figures(rss_bytes=41_000_000, cpu_ms=7000, oldest_ms=oldest_ms, cpu_percent=12.34, streams_per_sec=3)
+        Figures(rss_bytes=41_000_000, cpu_ms=7000, oldest_ms=oldest_ms, cpu_percent=12.34, streams_per_sec=3, stuck=2)
     )
+    row.store_note("two are stuck")
     (worker,) = overview(board).status().workers
     assert worker.oldest_stream_secs is not None
     assert 12.3 <= worker.oldest_stream_secs < 42
@@ -73,6 +74,8 @@ def test_a_worker() -> None:
         cpu_ms=7000,
         cpu_percent=12.3,
         streams_per_sec=3.0,
+        stuck_handlers=2,
+        note="two are stuck",
     )
 
 

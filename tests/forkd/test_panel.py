@@ -92,6 +92,13 @@ def test_a_worker_whose_heart_is_not_heard_is_late() -> None:
     assert " late " in shown(Panel(status(worker(1, late=True))))[-1]
 
 
+def test_workers_with_something_to_say_say_it() -> None:
+    view = Panel(status(*(worker(index, note="stuck" if index % 2 else "") for index in range(1, 20))))
+    lines = shown(view, height=22, live=True)
+    assert len(lines) <= 21
+    assert [line for line in lines if "stuck" in line] == [f"worker {index}: stuck" for index in (1, 3, 5)]
+
+
 def test_newer_generations_come_first() -> None:
     lines = shown(Panel(status(worker(1, state="draining"), worker(2, state="draining"), worker(3, generation=2))))
     assert [line.split()[1] for line in lines[-3:]] == ["3", "1", "2"]

@@ -16,6 +16,7 @@ from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.attachments import Attachments
 from workers.context import Context, Timings
+from workers.handlers.watch import Handlers
 from workers.loop import Loop, Ready, Selector
 from workers.offload import Offload
 from workers.request import Request, parse
@@ -79,6 +80,7 @@ class World:
             pools={},
             attachments=Attachments(None),
             files=Offload(self.loop),
+            handlers=Handlers(self.loop, logs.logger, {}),
         )
         self.loop.turn()
 

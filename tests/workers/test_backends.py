@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 
-from forkd.settings import PROVIDERS, Settings
+from forkd.boot import Unfit
+from forkd.settings import PROVIDERS, Settings, default_backends
 from forkd.settings import MockBackend as MockSettings
 from forkd.settings import OpenAiBackend as OpenAiSettings
+from forkd.settings import PythonBackend as PythonSettings
 from forkd.settings import TypingBackend as TypingSettings
 from workers.backends import registry
 from workers.backends.mock import MockBackend
@@ -77,8 +79,24 @@ def test_the_registry_builds_what_it_can() -> None:
 
 
 def test_every_provider_has_a_backend() -> None:
+    assert set(registry.FACTORIES) == set(PROVIDERS.values())
     built = registry.build(Settings())
-    assert list(built) == list(PROVIDERS)
+    assert list(built) == list(default_backends())
+
+
+def test_all_handlers_that_cannot_be_imported_are_told() -> None:
+    settings = Settings(
+        backends={
+            "a": PythonSettings(target="no_such:f"),
+            "b": MockSettings(),
+            "c": PythonSettings(target="json:dumps"),
+        }
+    )
+    with pytest.raises(Unfit) as raised:
+        registry.build(settings)
+    first, second = raised.value.faults
+    assert first.startswith("backends.a.target: there is no module no_such")
+    assert second == "backends.c.target: json:dumps is no generator: there is no yield in it"
 
 
 def test_typing_takes_no_time_for_a_prompt_of_spaces() -> None:
