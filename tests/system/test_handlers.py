@@ -39,20 +39,16 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkd]:
     config = {"workers": {"count": 1}, "backends": backends, "default_backend": "shows"}
     with running(tmp_path_factory.mktemp("handlers"), config=config) as forkd:
         assert forkd.ask(data("shows_async")).complete  # which starts the asyncio loop
+        wait_for(lambda: status(forkd)["workers"][0]["completed"] == 1 and not status(forkd)["streams"], "it is idle")
         yield forkd
 
 
 @pytest.fixture
 def forkd(daemon: Forkd) -> Iterator[Forkd]:
     """The same for all, and after each test as it was before."""
-    wait_for(lambda: not streams(daemon), "nothing is left of the last test")
     before = daemon.idle_fds()
     yield daemon
     wait_for(lambda: daemon.idle_fds() == before, f"its fds are again {before}")
-
-
-def streams(forkd: Forkd) -> int:
-    return int(json.loads(fetch(forkd, "/status"))["streams"])
 
 
 def data(backend: str, **more: Any) -> bytes:

@@ -21,10 +21,11 @@ HOSTS_MAX: Final = 8
 
 
 class TaskRun(Run):
-    """A run in a task. `host`, `task` and `gate` are None before it begins."""
+    """A run in a task. `host`, `task` and `gate` are None before it begins. `closes`: it is on its way out."""
 
-    __slots__ = ("gate", "host", "task")
+    __slots__ = ("closes", "gate", "host", "task")
 
+    closes: bool
     host: "Host | None"
     task: "asyncio.Task[None] | None"
     gate: "asyncio.Future[None] | None"
@@ -64,6 +65,7 @@ class TaskRun(Run):
             failure = None if self.cancelled else error
         except BaseException as error:  # SystemExit too, which would end the loop and all who are on it
             failure = error
+        self.closes = True
         if isinstance(generator, AsyncGenerator):
             try:
                 await generator.aclose()
@@ -156,7 +158,7 @@ class Host:
 
 
 def _cancel(run: TaskRun) -> None:
-    if run.task is not None:
+    if run.task is not None and not run.closes:  # or it would be cut short in its `finally`
         run.task.cancel()
 
 
@@ -172,6 +174,7 @@ class Tasks:
     ) -> Run:
         """See `Runner`, as the others."""
         run = TaskRun(backend.target.function, handoff, label, mailbox, source)
+        run.closes = False
         run.gate = run.host = run.task = None
         return run
 
