@@ -47,6 +47,8 @@ READY_SECS: Final = 10.0
 """How long the upstream may take for its SETTINGS."""
 OWED_MAX_BYTES: Final = 1 << 20
 """So much may wait of what h2 answers to frames (PING, SETTINGS). Who asks on and never reads would fill the memory."""
+TIDY_EVERY: Final = 32
+"""Streams are opened before h2 forgets those that are closed."""
 LAST_NUMBER: Final = 2**31 - 1
 """Of a stream: 5.1.1."""
 
@@ -81,10 +83,25 @@ class Owner(Protocol):
         """It is no more. Said once."""
 
 
+class _Connection(h2.connection.H2Connection):
+    """h2's connection, which goes through all its streams before it opens one: to count them, and to forget the closed
+    ones. The pool counts, too, so that once in a while is enough.
+    """
+
+    _opened = 0
+
+    @property
+    def open_outbound_streams(self) -> int:
+        """How many there are at most; that this is not too many is for `Http2.room` to say."""
+        self._opened += 1
+        return super().open_outbound_streams if self._opened % TIDY_EVERY == 0 else 0
+
+
 class Http2:
     """One connection. It takes over `transport`, which is connected."""
 
     __slots__ = (
+        "_asked",
         "_authority",
         "_base_path",
         "_exchanges",
@@ -131,6 +148,8 @@ class Http2:
         self._next_number = 1
         self._partial = b""
         self._in_headers = False
+        self._asked = False
+        """h2 was given something, and may have something to say to it."""
         self._ready = False
         self._most = 0
         """So many exchanges at once."""
@@ -145,7 +164,7 @@ class Http2:
         self._pinged_at = 0.0
         """When the PING that is not answered yet was sent; 0: none is out."""
         transport.owner = self
-        connection = self._h2 = h2.connection.H2Connection(_CONFIG)
+        connection = self._h2 = _Connection(_CONFIG)
         connection.encoder = FieldEncoder()  # type: ignore[assignment]
         connection.local_settings = h2.settings.Settings(
             client=True,
@@ -293,7 +312,8 @@ class Http2:
             return
         if position < end:
             self._partial = data[position:]
-        if passed and self._transport.fd >= 0:
+        if self._asked and self._transport.fd >= 0:
+            self._asked = False
             self._reply()
         if self._going and not self._exchanges:
             self._ended()
@@ -380,6 +400,7 @@ class Http2:
 
     def _pass(self, data: bytes) -> None:
         """Give frames to h2, and do what it says."""
+        self._asked = True
         for event in self._h2.receive_data(data):
             if isinstance(event, h2.events.StreamEnded):
                 self._stream_ended(event)
