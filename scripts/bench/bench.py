@@ -53,6 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--moderation", action="store_true", help="the effect of the workers' pause when busy: see README.md")
     add("--ledger", choices=("on", "off"), default="on", help="forkd's server.ledger (on)")
     add("--benchmark", action="store_true", help="start forkd with --benchmark")
+    add("--scrape", action="store_true", help="ask forkd for its metrics every second")
     add("--tcp", action="store_true", help="clients on loopback TCP, not AF_UNIX socketpairs")
     add("--only", choices=("floor", "forkd"), help="measure one of the two")
     add("--quick", action="store_true", help="a short look: 500 streams over 0.5 s, 6 events 200 ms apart, 2 pairs")
@@ -120,7 +121,7 @@ def subjects_of(args: argparse.Namespace, only: str | None) -> list[Forkd]:
     """forkd in each configuration asked for."""
     workers = args.workers or ([2] if args.live else [1] if args.backend == "openai" else [1, 2])
     subjects = [
-        Forkd(count, args.ledger == "on", args.benchmark, args.backend, upstream, pause_ms)
+        Forkd(count, args.ledger == "on", args.benchmark, args.backend, upstream, pause_ms, args.scrape)
         for upstream in args.upstream or [None]
         for count in workers
         for pause_ms in (PAUSES_MS if args.moderation else (None,))

@@ -27,6 +27,7 @@ class Daemon:
     data: str = DATA  # of each handoff; over HTTP the whole request
     over_http: bool = False  # reached by HTTP on a Unix stream socket, not by handoffs
     api: Api | None = None
+    metrics_url: str | None = None  # asked every second during the measurement
 
     @property
     def tree(self) -> Tree:

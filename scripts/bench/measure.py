@@ -10,6 +10,7 @@ Memory is the growth of the daemon between the idle state after warm-up and the 
 
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from driver import Generator
 from percentiles import percentile
 from proc import MachineTime, Memory
+from scraper import scraping
 from shape import Shape
 from subjects import Subject
 
@@ -80,8 +82,9 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
                 memory = tree.memory()
                 api_ns = -api.tree.cpu_ns() if api else 0
                 machine, cpu_ns, started = MachineTime.now(), tree.cpu_ns(), time.monotonic()
-                outcome = generator.run(lambda live: alive.append((live, tree.memory() - memory)))
-                time.sleep(SETTLE_SECS)
+                with scraping(daemon.metrics_url) if daemon.metrics_url else nullcontext():
+                    outcome = generator.run(lambda live: alive.append((live, tree.memory() - memory)))
+                    time.sleep(SETTLE_SECS)
                 cpu_ns, processes = tree.cpu_ns() - cpu_ns, len(tree.pids())
                 window_secs = time.monotonic() - started
                 api_ns += api.tree.cpu_ns() if api else 0

@@ -141,6 +141,7 @@ class Comparison:
             "pause_ms": self.subject.pause_ms,
             "ledger": self.subject.ledger,
             "benchmark_flag": self.subject.benchmark,
+            "scrape": self.subject.scrape,
             "cpu_ratio": _spread_json(self.cpu_ratio),
             "ttfb_p99_over_floor_ms": _spread_json(self.ttfb_over_floor_ms),
             "floor": _figures_json(self.floor_runs),

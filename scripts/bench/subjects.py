@@ -16,6 +16,7 @@ import yaml
 from api_answer import TRIAL_MODEL
 from api_host import Api, Upstream
 from daemon import Daemon, ready, spawn
+from scraper import metrics_url
 from shape import Shape
 from trial import TrialError, try_streams, wait_for_listener
 
@@ -105,6 +106,7 @@ class Forkd:
     backend: str = "mock"
     upstream: Upstream | None = None  # of a backend that relays
     pause_ms: float | None = None  # instead of the worker's own pause when busy
+    scrape: bool = False  # its metrics are asked for every second
 
     @property
     def kind(self) -> str:
@@ -117,6 +119,8 @@ class Forkd:
         switches = [*(() if self.ledger else ("ledger off",)), *(("--benchmark",) if self.benchmark else ())]
         if self.pause_ms is not None:
             switches.append(f"pause {self.pause_ms:g} ms")
+        if self.scrape:
+            switches.append("scraped every second")
         workers = f"{self.workers} worker{'s' if self.workers != 1 else ''}"
         backend = f"{self.backend} {self.upstream}" if self.upstream else self.backend
         return f"forkd, {backend}, {', '.join([workers, *switches])}"
@@ -132,6 +136,8 @@ class Forkd:
         def warm() -> None:
             wait_for_listener(socket_path)
             daemon.body = try_streams(socket_path, TRIAL_DATA, shape.words, 8 * self.workers)
+            if self.scrape:
+                daemon.metrics_url = metrics_url(log)
 
         try:
             return ready(daemon, warm)

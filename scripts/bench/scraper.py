@@ -1,0 +1,47 @@
+"""Asks a daemon for its metrics as Prometheus would, but every second, while it is being measured."""
+
+import re
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trial import TrialError
+
+EVERY_SECS = 1.0
+_WHERE = re.compile(r"metrics on (http://\S+)")
+
+
+def metrics_url(log: Path) -> str:
+    """Where forkd serves them, as its log says."""
+    found = _WHERE.search(log.read_text(errors="replace"))
+    if found is None:
+        raise TrialError(f"{log} does not say where the metrics are")
+    return found[1]
+
+
+@contextmanager
+def scraping(url: str) -> Iterator[None]:
+    """Ask every second until the block ends. TrialError if an answer was not one."""
+    ended = threading.Event()
+    faults: list[str] = []
+
+    def scrape() -> None:
+        while not ended.wait(EVERY_SECS):
+            try:
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    if b"daemon_active_streams" not in answer.read():
+                        faults.append("a scrape without daemon_active_streams")
+            except OSError as error:
+                faults.append(f"a scrape failed: {error}")
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if faults:
+        raise TrialError(faults[0])
