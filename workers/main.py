@@ -112,8 +112,8 @@ class Worker:
         row = self._row
         words, current = context.words, context.current
         beat = 0
+        self._housekeeping()  # first: whoever hears that it is ready finds it in ps
         self._say(Up.READY)
-        self._housekeeping()
         self._sweep()
         while not self._draining or context.streams or context.finished or self._returned:
             loop.turn()

@@ -187,7 +187,10 @@ def test_a_worker_that_dies_during_the_drain(tmp_path: Path) -> None:
         os.kill(forkd.pid, signal.SIGTERM)
         wait_for(lambda: any(" draining streams=" in title for title in titles(forkd)), "the workers drain")
         os.kill(victim, signal.SIGKILL)
-        assert fates(read_answers(clients)) == {"complete": 10, "worker_lost": 10}
+        answers = fates(read_answers(clients))
+        assert sum(answers.values()) == 20
+        assert 9 <= answers["complete"] <= 11  # its share, which may be one stream more or less than half
+        assert answers["worker_lost"] == 20 - answers["complete"]
         left_in_order(forkd, [*family, *ready_pids(forkd)])
 
 
