@@ -47,8 +47,9 @@ def test_once_json_is_the_whole_truth(tmp_path: Path) -> None:
         assert said["rss_bytes"] > 4 << 20
         assert said["cpu_ms"] > 0
         assert sorted(worker["pid"] for worker in said["workers"]) == forkd.workers()
+        assert sum(worker["streams"] for worker in said["workers"]) == 4
         for worker in said["workers"]:
-            assert (worker["state"], worker["streams"], worker["started"], worker["restarts"]) == ("ready", 2, 2, 0)
+            assert (worker["state"], worker["streams"], worker["restarts"]) == ("ready", worker["started"], 0)
             assert 4 << 20 < worker["rss_bytes"] < 1 << 30
             assert worker["cpu_ms"] > 0
             assert 0 <= worker["cpu_percent"] <= 110
@@ -56,7 +57,7 @@ def test_once_json_is_the_whole_truth(tmp_path: Path) -> None:
         for client in clients:
             client.close()
         wait_for(lambda: not any(w["oldest_stream_secs"] for w in told(forkd)["workers"]), "no stream, so none is old")
-        assert [worker["failed"] for worker in told(forkd)["workers"]] == [2, 2]
+        assert sum(worker["failed"] for worker in told(forkd)["workers"]) == 4
 
 
 def test_once_is_a_table_for_any_reader(tmp_path: Path) -> None:
