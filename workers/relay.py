@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 ERROR_BODY_BYTES: Final = 65536
 PARTS_MAX: Final = 1000
 """So many parts of an answer have their tokens counted. An upstream that made up more would fill the memory."""
+OUTRUN_MAX: Final = 16
+"""So often a request is asked again because its connection ran out of requests before it."""
 BACKOFF_SECS: Final = 0.5
 BACKOFF_MAX_SECS: Final = 8.0
 DAY_SECS: Final = 86400.0
@@ -82,6 +84,7 @@ class RelaySource:
         "_handoff",
         "_heard_at",
         "_last_at",
+        "_outrun",
         "_parser",
         "_paused",
         "_pool",
@@ -108,6 +111,7 @@ class RelaySource:
         self._parser: sse.Parser | None = None
         self._refusal: bytearray | None = None
         self._attempt = 0
+        self._outrun = 0
         self._status = 0
         self._retry_after = 0.0
         self._finished = False
@@ -295,14 +299,15 @@ class RelaySource:
             self._fail(failure.code, failure.detail)
         elif self._refusal is not None:
             self._refused()
-        elif failure.outrun or (
+        elif (failure.outrun and self._outrun < OUTRUN_MAX) or (
             failure.stale
             and exchange is not None
             and not exchange.fresh
             and (failure.unseen or self._backend.repeatable)
         ):
-            # Neither costs a retry. Connections that run out answer somebody each, so it comes to an end; one that died
-            # is made up for once, or an upstream that breaks every connection would be asked without end.
+            # Neither costs a retry. Connections that run out answer somebody each, so with an honest upstream it comes
+            # to an end; one that died is made up for once.
+            self._outrun += failure.outrun
             self._note_retry(failure.code, failure.detail)
             self._ask(fresh=True)
         else:

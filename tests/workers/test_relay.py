@@ -12,12 +12,13 @@ from tests.harness import PATIENCE_SECS
 from tests.workers.kit import World
 from workers.attachments import Attachments
 from workers.backends.openai import OpenAiBackend
-from workers.relay import RelaySource
+from workers.relay import OUTRUN_MAX, RelaySource
 from workers.request import parse
 from workers.upstream.exchange import Exchange, Failure
 from workers.upstream.message import HttpRequest
 
 STALE = Failure("backend_reset", "it closed the connection", stale=True)
+OUTRUN = Failure("backend_unavailable", "HTTP/2: GOAWAY, NO_ERROR", unseen=True, outrun=True)
 
 
 class FakePool:
@@ -58,6 +59,17 @@ def test_a_connection_that_had_died_is_made_up_for_once(world: World) -> None:
     pool.asked[1].fail(STALE)
     assert world.read(client).json["code"] == "backend_reset"
     assert len(pool.asked) == 2
+
+
+def test_an_upstream_whose_every_connection_runs_out_is_not_asked_for_ever(world: World) -> None:
+    pool = FakePool()
+    client = begin(world, pool, b'{"prompt":"x"}', retries=0)
+    asked = 0
+    while asked < len(pool.asked):
+        pool.asked[asked].fail(OUTRUN)
+        asked += 1
+    assert asked == 1 + OUTRUN_MAX
+    assert world.read(client).json["code"] == "backend_unavailable"
 
 
 def test_a_bug_met_after_the_attachments_were_read_ends_the_stream_at_once(world: World, tmp_path: Path) -> None:
