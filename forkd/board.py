@@ -22,9 +22,13 @@ In OPENING a 200 head may be out already: then the 502's lines are SSE fields of
 The master writes on it too, a few times a second, for the process that serves the metrics: of itself a row, and of each
 worker another. So that process need not ask the master anything, and tells the truth of a master that hangs.
 
+A third byte per slot says which `exec` backend's program its client has (`forkd.programs.marks`), 0 if none. The slot's
+worker stores it before it counts how many there are, so that of two workers that look at once none starts one too many.
+
 Layout, each part with one writer: WORKERS_MAX rows of 128 bytes by the workers (cache lines of their own, so that
 workers do not slow each other; what changes all the time is in the first), as many by the master about them, one by the
-master about itself, then a byte of state per slot, a byte of client kind per slot, and NOTE_BYTES of text per worker.
+master about itself, then a byte of state, one of client kind and one for programs per slot, and NOTE_BYTES of text per
+worker.
 """
 
 import mmap
@@ -81,17 +85,18 @@ class Figures(NamedTuple):
 
 
 class Board:
-    """The mapping and its views. `states` and `kinds` are indexed by slot."""
+    """The mapping and its views. `states`, `kinds` and `programs` are indexed by slot."""
 
     def __init__(self, slots: int) -> None:
         rows = (2 * WORKERS_MAX + 1) * _ROW_BYTES
         self.slots = slots
-        self.memory = mmap.mmap(-1, rows + 2 * slots + WORKERS_MAX * NOTE_BYTES)
+        self.memory = mmap.mmap(-1, rows + 3 * slots + WORKERS_MAX * NOTE_BYTES)
         whole = memoryview(self.memory)
         self.words = whole[:rows].cast("Q")
         self.states = whole[rows : rows + slots]
         self.kinds = whole[rows + slots : rows + 2 * slots]
-        self.notes = whole[rows + 2 * slots :]
+        self.programs = whole[rows + 2 * slots : rows + 3 * slots]
+        self.notes = whole[rows + 3 * slots :]
 
     def row(self, index: int) -> "Row":
         """The row of the worker with this index."""

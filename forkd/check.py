@@ -23,11 +23,12 @@ from typing import Final, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from forkd import config, exposition, lookout, process, strictyaml
+from forkd import config, exposition, lookout, process, programs, strictyaml
 from forkd.finding import Finding, Level
 from forkd.master import FDS_BASE, FDS_PER_WORKER
 from forkd.probe import ANSWER_SECS, probe
 from forkd.settings import (
+    ExecBackend,
     HttpBackend,
     ListenerSettings,
     PythonBackend,
@@ -60,7 +61,8 @@ what workers open as server.user would. A forkd that runs is recognised and left
 It imports the handlers of python backends, each in a process of its own, as a worker would at its start.
 
 At last it asks each HTTP backend in use whether it is there and takes the key, by a request that costs nothing: the
-default backend, those of listeners, and those written in the file. Keys are never printed.
+default backend, those of listeners, and those written in the file. Keys are never printed. A program (exec) is looked
+for, and not started.
 
 exit status:
   0  all is well (there may be warnings)
@@ -309,7 +311,9 @@ def _backends(path: str | None, settings: Settings, *, asks: bool) -> Iterator[F
         backend = settings.backends[name]
         if isinstance(backend, PythonBackend):
             continue  # `_handlers` has looked at all of them
-        if not isinstance(backend, HttpBackend):
+        if isinstance(backend, ExecBackend):
+            yield from _as_user(settings, lambda name=name, backend=backend: [_program(name, backend)])  # type: ignore[misc]
+        elif not isinstance(backend, HttpBackend):
             yield Finding(Level.OK, f"backend {name}", "answers by itself")
         elif not asks:
             key = "with a key" if backend.api_key is not None else "without a key"
@@ -369,6 +373,20 @@ def _try_import(backend: PythonBackend, pipe: int) -> NoReturn:
     finally:
         os.write(pipe, b"." + fault.encode(errors="replace")[:4000])  # of less than a pipe holds
         os._exit(0)  # whatever threads it has started, and functions it wants to be called at the end
+
+
+def _program(name: str, backend: ExecBackend) -> Finding:
+    """Whether a worker could start the program; as whoever workers run as."""
+    subject = f"backend {name}"
+    fault = programs.fault(backend, os.environ)
+    if fault:
+        return Finding(Level.FAULT, subject, fault)
+    command = backend.command[0]
+    file = programs.find(command, backend.directory, programs.environment(backend, os.environ)["PATH"])
+    if "/" in command and not os.path.isabs(command) and not os.path.isabs(backend.directory or ""):
+        text = f"{command}: looked for where forkd is started, which may be elsewhere; write it, or directory, in full"
+        return Finding(Level.WARNING, subject, text)
+    return Finding(Level.OK, subject, f"starts {file}, at most {backend.max_processes} at once")
 
 
 def _used(path: str | None, settings: Settings) -> list[str]:

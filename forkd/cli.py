@@ -8,7 +8,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import forkd
@@ -31,6 +31,8 @@ subcommands:
   forkd check              is the configuration good, what became of it, and do the backends answer?
   forkd status             a live table of the master and its workers
   forkd send JSON          one handoff from the terminal, and its answer as it streams
+  forkd fdrecv SOCKET COMMAND…
+                           start a program for each client, without any configuration
                            (each has a --help of its own)
 
 signals to the master:
@@ -51,6 +53,8 @@ Flags override the environment (DAEMON_*, OPENAI_*), which overrides the file. E
 
 SUBCOMMANDS: Final = ("demo", "check", "status", "send")
 """Modules of forkd, whose `main` takes what follows and returns the exit status."""
+FDRECV: Final = "fdrecv"
+"""One that is the daemon, with settings from its command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in SUBCOMMANDS:
         subcommand = importlib.import_module(f"forkd.{arguments[0]}")  # the daemon needs none of them
         return int(subcommand.main(arguments[1:]))
+    if arguments and arguments[0] == FDRECV:
+        return _fdrecv(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.config and options.positional:
         print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
@@ -75,11 +81,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     def load() -> config.Loaded:
         return config.load(path, os.environ, overrides)
 
+    subject = f"the configuration{f' {path}' if path else ''}"
+    return _serve(load, subject, os.path.abspath(path) if path else None, benchmark=options.benchmark)
+
+
+def _fdrecv(arguments: Sequence[str]) -> int:
+    from forkd.fdrecv import CommandFault, Options  # noqa: PLC0415 (the daemon needs none of it)
+
+    options = Options(arguments)
+    try:
+        options.check(os.environ)
+    except CommandFault as error:
+        print(f"forkd fdrecv: {error}", file=sys.stderr)
+        return 2
+    except config.ConfigError:
+        pass  # told by who loads it next
+    return _serve(options.load, "the command line", None)
+
+
+def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *, benchmark: bool = False) -> int:
+    """Be the daemon. `subject` is what `load` reads, in words; `name` what the title says (None: the socket's path)."""
     try:
         heritage = upgrade.take(os.environ)
         settings, warnings = load()
     except config.ConfigError as error:
-        print(f"forkd: the configuration{f' {path}' if path else ''} is not valid:", file=sys.stderr)
+        print(f"forkd: {subject} is not valid:", file=sys.stderr)
         for fault in error.faults:
             print(f"  {fault}", file=sys.stderr)
         return 2
@@ -95,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in warnings:
         logs.logger.warning("%s", warning)
     process.forbid_core_dumps()
-    name = os.path.abspath(path) if path else settings.server.socket_path
+    name = name or settings.server.socket_path
     try:
-        master = Master(settings, logs, run_worker, name, load, heritage, benchmark=options.benchmark)
+        master = Master(settings, logs, run_worker, name, load, heritage, benchmark=benchmark)
     except (ListenError, OSError) as error:
         print(f"forkd: {error}", file=sys.stderr)
         return 1

@@ -21,12 +21,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from forkd import strictyaml, target
+from forkd import programs, strictyaml, target
 from forkd.convert import Walk, kind_of, shown
 from forkd.handoff_data import HandoffData
 from forkd.settings import (
     AnthropicBackend,
     Backend,
+    ExecBackend,
     HttpBackend,
     LangGraphBackend,
     ListenerSettings,
@@ -38,7 +39,7 @@ from forkd.settings import (
 )
 
 # What this version can do of what can be configured. A new feature is let in here, and nowhere else.
-AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph", "python"})
+AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph", "python", "exec"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff", "fdpass"})
 UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
 # The reference's variables and those that are like them, and what each sets.
@@ -173,6 +174,8 @@ def _check(settings: Settings, walk: Walk) -> None:
             _check_http(f"backends.{name}", backend, walk)
         elif isinstance(backend, PythonBackend):
             _check_python(f"backends.{name}", backend, walk)
+        elif isinstance(backend, ExecBackend):
+            _check_exec(f"backends.{name}", backend, walk)
     try:
         parse_address(settings.metrics.listen_addr)
     except ValueError as error:
@@ -304,6 +307,29 @@ def _check_python(key: str, backend: PythonBackend, walk: Walk) -> None:
             walk.fault(f"{key}.path[{index}]", f"expected an absolute path, got {shown(directory)}")
         elif directory is not None and not os.path.isdir(directory):
             walk.fault(f"{key}.path[{index}]", f"there is no directory {shown(directory)}")
+
+
+def _check_exec(key: str, backend: ExecBackend, walk: Walk) -> None:
+    if backend.command == ():
+        walk.fault(f"{key}.command", "expected a program and its arguments, got nothing")
+    for index, argument in enumerate(backend.command or ()):
+        if argument is not None and "\0" in argument:
+            walk.fault(f"{key}.command[{index}]", f"expected an argument without NUL, got {shown(argument)}")
+    if backend.directory is not None and "\0" in backend.directory:
+        walk.fault(f"{key}.directory", f"expected a path, got {shown(backend.directory)}")
+    for name, value in (backend.environment or {}).items():
+        here = f"{key}.environment.{name if name.isprintable() else shown(name)}"
+        if not programs.NAME.fullmatch(name):
+            walk.fault(here, "a variable's name is made of letters, digits and underscores")
+        elif name.startswith(programs.PREFIX):
+            walk.fault(here, f"the names that begin with {programs.PREFIX} are forkd's own to set")
+        elif not isinstance(value, str | int | float) or isinstance(value, bool):
+            walk.fault(here, f"expected a string (in quotes), got {shown(value)}")
+        elif "\0" in str(value):
+            walk.fault(here, f"expected a string without NUL, got {shown(value)}")
+    for index, variable in enumerate(backend.pass_environment):
+        if variable is not None and not programs.NAME.fullmatch(variable):
+            walk.fault(f"{key}.pass_environment[{index}]", f"expected a variable's name, got {shown(variable)}")
 
 
 def _ca_fault(path: str) -> str:

@@ -184,8 +184,11 @@ class Dispatcher:
         for entry in self._ledger.orphans(peer):
             outcome = self._ledger.judge(entry, killer=entry.slot == suspect)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            lent = self._board.programs[entry.slot]
+            self._board.programs[entry.slot] = 0
             if outcome == "closed":
-                self._close(entry)
+                if not lent:  # to a program, which goes on without us: an end from here would be the end of its answer
+                    self._close(entry)
                 self._ledger.release(entry)
             else:
                 entry.waits_since = now

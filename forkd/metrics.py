@@ -90,6 +90,7 @@ SPECS: Final[dict[str, Spec]] = {
     "forkd_workers_wanted": Spec("gauge", "Workers that there should be"),
     "forkd_queued_handoffs": Spec("gauge", "Clients that wait for a worker"),
     "forkd_capacity_streams": Spec("gauge", "Streams that there is room for in all"),
+    "forkd_programs": Spec("gauge", "Programs that run for clients"),
     "forkd_oldest_stream_seconds": Spec("gauge", "Age of the oldest stream"),
     "forkd_stuck_handlers": Spec("gauge", "Handlers that go on though nobody listens any more"),
     "forkd_worker_resident_memory_bytes": Spec("gauge", "Resident memory", ("worker",)),

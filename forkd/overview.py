@@ -63,6 +63,7 @@ class Status(Struct, frozen=True, kw_only=True):
     capacity: int = 0
     peak: int = 0
     queued: int = 0
+    programs: int = 0
     rss_bytes: int | None = None
     cpu_ms: int | None = None
     workers: tuple[WorkerStatus, ...] = ()
@@ -95,6 +96,7 @@ class Overview:
             capacity=master.capacity,
             peak=master.peak,
             queued=master.queued,
+            programs=self._programs(),
             rss_bytes=usage and usage[0],
             cpu_ms=usage and usage[1],
             workers=tuple(self._workers()),
@@ -143,6 +145,7 @@ class Overview:
             yield "forkd_workers_wanted", "", master.wanted
         yield "forkd_queued_handoffs", "", master.queued
         yield "forkd_capacity_streams", "", master.capacity
+        yield "forkd_programs", "", self._programs()
         workers = list(self._workers())
         yield (
             "forkd_oldest_stream_seconds",
@@ -167,6 +170,11 @@ class Overview:
         if not master.ready:
             return "no worker is ready"
         return "" if master.room else "no room for another stream"
+
+    def _programs(self) -> int:
+        """How many programs (`exec`) run for clients, or are about to."""
+        board = self._board
+        return board.slots - bytes(board.programs).count(0)
 
     def _silent_secs(self) -> float:
         return max(0.0, time.monotonic() - self._master.beat_ms / 1000)

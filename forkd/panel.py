@@ -59,7 +59,7 @@ class Panel:
         workers = sorted(self.status.workers, key=lambda worker: (-worker.generation, worker.index))
         notes = [Text(f"worker {one.index}: {one.note}", "bold red") for one in workers if one.note][:_NOTES_MAX]
         # A note is longer than most terminals are wide.
-        beside = _LINES_BESIDE_ROWS + bool(self._trouble()) + (2 * len(notes) + 1 if notes else 0)
+        beside = _LINES_BESIDE_ROWS + len(self._remarks()) + (2 * len(notes) + 1 if notes else 0)
         most = max(2, console.height - beside) if live else None
         shown = workers if most is None or len(workers) < most else workers[: most - 2]
         parts: list[RenderableType] = [*self._head(console), "", self._table(console, shown)]
@@ -90,8 +90,13 @@ class Panel:
             Text(f"{status.queued:,} queued", "yellow" if status.queued else ""),
             f"{rate:,.1f} new/s",
         )
-        trouble = self._trouble()
-        return [state, load, *([Text(trouble, "bold red")] if trouble else [])]
+        return [state, load, *self._remarks()]
+
+    def _remarks(self) -> list[Text]:
+        """What is said only when there is reason to, a line each."""
+        trouble, running = self._trouble(), self.status.programs
+        remarks = [Text(f"{running:,} program{'s' if running > 1 else ''} running (exec)")] if running else []
+        return [*remarks, Text(trouble, "bold red")] if trouble else remarks
 
     def _workers(self) -> Text:
         status = self.status

@@ -79,6 +79,13 @@ _TABLE = (
     Reason("handler_error", 502, Metric.OTHER, "The backend reported an error"),
     Reason("handler_bad_yield", 502, Metric.OTHER, "The backend reported an error"),
     Reason("handler_timeout", 504, Metric.TIMEOUT, "The backend fell silent"),
+    # The program (`exec`): there are too many, it cannot be started,
+    Reason("program_limit", 503, Metric.OTHER, "The server is out of capacity"),
+    Reason("program_unavailable", 502, Metric.OTHER, "Backend unavailable"),
+    # says nothing, breaks in the middle, or does not come to an end.
+    Reason("program_mute", 502, Metric.OTHER, "The backend gave no answer"),
+    Reason("program_failed", 502, Metric.OTHER, "The backend's answer was cut short"),
+    Reason("program_timeout", 504, Metric.TIMEOUT, "The stream took too long"),
     # The client.
     Reason("client_disconnected", 0, Metric.CLIENT_DISCONNECTED, "The client went away"),
     Reason("write_timeout", 0, Metric.TIMEOUT, "The client stopped reading"),

@@ -411,7 +411,34 @@ class PythonBackend(Struct, frozen=True, kw_only=True):
     format: Annotated[Literal["json", "text"], about('`json`: `{"content": …}`. `text`: plain data lines')] = "json"
 
 
-Backend: TypeAlias = MockBackend | TypingBackend | OpenAiBackend | AnthropicBackend | LangGraphBackend | PythonBackend
+class ExecBackend(Struct, frozen=True, kw_only=True):
+    """``provider: exec`` starts a program for each stream and gives it the client's socket."""
+
+    provider: Annotated[Literal["exec"], about("Which kind of backend this is")] = "exec"
+    command: Annotated[
+        tuple[Text, ...], about("The program and its arguments, a list. No shell looks at it: docs/exec.md. Required")
+    ]
+    directory: Annotated[
+        Text | None, about("Where it runs, and where a relative `command` is looked for. null: where forkd was started")
+    ] = None
+    environment: Annotated[
+        dict[str, Any] | None, about("Variables for it, by name, beside those that every program gets")
+    ] = None
+    pass_environment: Annotated[
+        tuple[Text, ...], about("Variables of forkd's own that are handed on to it, by name; never a key unless named")
+    ] = ()
+    max_processes: Annotated[
+        PositiveCount, about("How many may run at once, in all workers together; more get a 503")
+    ] = 64
+    timeout_secs: Annotated[Seconds, about("How long it may run before it is ended. 0: no limit of its own")] = 300
+    kill_after_secs: Annotated[
+        PositiveSeconds, about("How long it may take to end after SIGTERM; then its process group gets SIGKILL")
+    ] = 5
+
+
+Backend: TypeAlias = (
+    MockBackend | TypingBackend | OpenAiBackend | AnthropicBackend | LangGraphBackend | PythonBackend | ExecBackend
+)
 
 # The kinds of backend that can be configured. Each name is also that of a backend, which exists without being written
 # if nothing about it must be (`default_backends`).
@@ -422,6 +449,7 @@ PROVIDERS: Final[Mapping[str, type[Backend]]] = {
     "anthropic": AnthropicBackend,
     "langgraph": LangGraphBackend,
     "python": PythonBackend,
+    "exec": ExecBackend,
 }
 
 

@@ -149,6 +149,13 @@ class Client:
         elif self.fd >= 0:
             self._linger()
 
+    def release(self) -> int:
+        """Give the fd to the caller, who owns it from now on. Only before anything was written."""
+        fd, self.fd = self.fd, -1
+        self._context.loop.selector.unregister(fd)
+        del self._owner
+        return fd
+
     def abort(self) -> None:
         """Close now. What is held is lost."""
         fd = self.fd

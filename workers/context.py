@@ -11,9 +11,11 @@ from workers.attachments import Attachments
 from workers.backends.base import Backend
 from workers.loop import Loop, to_ticks
 from workers.offload import Offload
+from workers.starters import Starters
 from workers.upstream.pool import Pool
 
 if TYPE_CHECKING:
+    from workers.execution import Execution
     from workers.handlers.watch import Handlers
     from workers.stream import Stream
 
@@ -82,9 +84,10 @@ class Context:
     """For reading and deleting attachments beside the loop."""
     handlers: "Handlers"
     """Those who run users' handlers."""
+    starters: Starters
     finished: list[tuple[int, int]] = field(default_factory=list)
     started: int = 0
     completed: int = 0
     failed: int = 0
     sent_bytes: int = 0
-    streams: "set[Stream]" = field(default_factory=set)
+    streams: "set[Stream | Execution]" = field(default_factory=set)

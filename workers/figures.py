@@ -13,6 +13,7 @@ from forkd.board import Figures
 from forkd.process import Usage
 
 if TYPE_CHECKING:
+    from workers.execution import Execution
     from workers.stream import Stream
 
 _SHORTEST_SECS: Final = 0.1
@@ -30,7 +31,7 @@ class Measure:
         self._cpu_secs = self._usage.cpu_secs()
         self._started = 0
 
-    def take(self, started: int, streams: "Collection[Stream]", stuck: int = 0) -> Figures:
+    def take(self, started: int, streams: "Collection[Stream | Execution]", stuck: int = 0) -> Figures:
         """The figures now. `started` counts the streams so far, `streams` are those that live; `stuck` counts
         handlers.
         """

@@ -38,6 +38,7 @@ _IN: Final = int(select.EPOLLIN)
 _OUT: Final = int(select.EPOLLOUT)
 _EPOLL: Final = (0, _IN, _OUT, _IN | _OUT)
 """By selectors.EVENT_READ (1) and EVENT_WRITE (2)."""
+_HANGUP: Final = int(select.EPOLLRDHUP)
 _SPARE: Final = 256
 """The list grows by so many at a time."""
 
@@ -99,6 +100,13 @@ class Selector:
                     mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
                     ready.append((one, mask & self._events[fd]))
         return ready
+
+    def watch_hangup(self, fd: int, ready: "Ready") -> None:
+        """Call `ready.on_ready` when the peer has closed its side or the connection broke, and never because there is
+        something to read, which somebody else will. It stays so until `unregister`.
+        """
+        self.register(fd, EVENT_READ, ready)
+        self._epoll.modify(fd, _HANGUP)
 
     @property
     def registered(self) -> int:

@@ -27,6 +27,7 @@ from workers.handlers.watch import Handlers
 from workers.loop import Loop, to_ticks
 from workers.offload import Offload
 from workers.reception import Reception
+from workers.starters import Starters
 from workers.upstream.dns import Resolver
 from workers.upstream.origin import Origin
 from workers.upstream.pool import Pool
@@ -86,6 +87,7 @@ class Worker:
             attachments=Attachments(settings.server.data_dir),
             files=Offload(self._loop),
             handlers=Handlers(self._loop, boot.logs.logger, backends),
+            starters=Starters(self._loop, boot.board.programs, settings),
         )
         if self._context.metrics.fault is not None:
             boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)

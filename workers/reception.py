@@ -17,9 +17,11 @@ from forkd.handoff import (
 )
 from forkd.settings import ListenerSettings
 from workers.backends.base import Backend, HttpBackend, PacedBackend
+from workers.backends.exec import ExecBackend
 from workers.backends.handler import HandlerBackend
 from workers.bare import BareStream
 from workers.context import Context
+from workers.execution import Claim, Execution
 from workers.paced import PacedSource
 from workers.relay import RelaySource
 from workers.request import Request, parse
@@ -88,7 +90,22 @@ class Reception:
             stream.fail(code)
             stream.tick()
             return
-        stream.begin(backend, _source(context, stream, backend, request))
+        if isinstance(backend, ExecBackend):
+            self._execute(stream, backend, request, head)
+        else:
+            stream.begin(backend, _source(context, stream, backend, request))
+
+    def _execute(self, stream: Stream, backend: ExecBackend, request: Request, head: Assignment) -> None:
+        """Have a program answer, if there may be one more of them."""
+        context = self._context
+        if not context.starters.reserve(head.slot, backend.name, backend.settings.max_processes):
+            stream.backend = backend
+            stream.fail("program_limit")
+            stream.tick()
+            return
+        bare = isinstance(stream, BareStream)
+        claim = Claim(stream.hand_over(), head.slot, head.attempt, stream.remote, head.received_at, bare)
+        Execution(context, claim, backend, request).begin()
 
     def end(self, head: Assignment, body: bytes, fds: tuple[int, ...]) -> None:
         """A client that somebody else could not go on with."""

@@ -254,7 +254,7 @@ logging: {access: perhaps}
         "listeners[1]: expected a mapping, got a string",
         'backends.openai.idle_timeout_secs: expected a number, got "fast"',
         "backends.openai.http2.max_streams: expected a whole number from 1 to 10000, got 0",
-        "backends.mine.provider: is missing; expected one of mock, typing, openai, anthropic, langgraph, python",
+        "backends.mine.provider: is missing; expected one of mock, typing, openai, anthropic, langgraph, python, exec",
         'logging.access: expected true or false, got "perhaps"',
     ]
     found = faults(lambda: load_text(text))
@@ -362,7 +362,7 @@ logging: {access: perhaps}
         ),
         (
             "backends: {mock: {provider: [x]}}",
-            "backends.mock.provider: expected one of mock, typing, openai, anthropic, langgraph, python; got a list",
+            f"backends.mock.provider: expected one of {', '.join(PROVIDERS)}; got a list",
         ),
         # the name exists, though its provider does not: one fault is enough
         (

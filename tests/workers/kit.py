@@ -20,6 +20,7 @@ from workers.handlers.watch import Handlers
 from workers.loop import Loop, Ready, Selector
 from workers.offload import Offload
 from workers.request import Request, parse
+from workers.starters import Starters
 from workers.stream import Stream
 
 
@@ -81,6 +82,7 @@ class World:
             attachments=Attachments(None),
             files=Offload(self.loop),
             handlers=Handlers(self.loop, logs.logger, {}),
+            starters=Starters(self.loop, self.board.programs, settings),
         )
         self.loop.turn()
 

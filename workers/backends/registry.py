@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from forkd.boot import Unfit
 from forkd.settings import AnthropicBackend as AnthropicSettings
+from forkd.settings import ExecBackend as ExecSettings
 from forkd.settings import LangGraphBackend as LangGraphSettings
 from forkd.settings import MockBackend as MockSettings
 from forkd.settings import OpenAiBackend as OpenAiSettings
@@ -14,6 +15,7 @@ from forkd.settings import TypingBackend as TypingSettings
 from forkd.target import BadTarget
 from workers.backends.anthropic import AnthropicBackend
 from workers.backends.base import Backend
+from workers.backends.exec import ExecBackend
 from workers.backends.handler import HandlerBackend
 from workers.backends.langgraph import LangGraphBackend
 from workers.backends.mock import MockBackend
@@ -27,6 +29,7 @@ FACTORIES: Final[dict[type, Callable[[str, Any], Backend]]] = {
     AnthropicSettings: AnthropicBackend,
     LangGraphSettings: LangGraphBackend,
     PythonSettings: HandlerBackend,
+    ExecSettings: ExecBackend,
 }
 
 
