@@ -25,7 +25,7 @@ from workers.spawn import FDS_FROM, Command, spawn
 from workers.stderr import Lines
 
 _READ_BYTES: Final = 65536
-READS_PER_SEC: Final = 4
+READS_PER_SEC: Final = 16
 """Of _READ_BYTES each. A program that writes more than that to its stderr waits, and not the streams beside it."""
 
 

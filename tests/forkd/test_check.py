@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import resource
+import shutil
 import socket
 import stat
 import sys
@@ -404,3 +405,51 @@ class TestHandlers:
         assert own_fds() == fds
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
+
+
+def test_programs_are_looked_for_and_not_started(run: Checker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tmp_path / "plain"
+    plain.touch(0o644)
+    handler = tmp_path / "handler"
+    handler.write_text("#!/bin/sh\ntouch started\n")
+    handler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    commands: dict[str, dict[str, Any]] = {
+        "good": {"command": [str(handler)], "max_processes": 7},
+        "searched": {"command": ["sh", "-c", "true"]},
+        "within": {"command": ["./handler"], "directory": str(tmp_path)},
+        "relative": {"command": ["./handler"]},
+        "missing": {"command": ["/nowhere/handler"]},
+        "unknown": {"command": ["no-such-program"]},
+        "plain": {"command": [str(plain)]},
+        "folder": {"command": [str(tmp_path)]},
+        "nowhere": {"command": ["sh"], "directory": "/nowhere"},
+    }
+    said = run(backends={name: {"provider": "exec", **own} for name, own in commands.items()})
+    assert said.status == 1
+    assert {name: said.the(f"backend {name}") for name in commands} == {
+        "good": ("ok", f"starts {handler}, at most 7 at once"),
+        "searched": ("ok", f"starts {shutil.which('sh')}, at most 64 at once"),
+        "within": ("ok", f"starts {handler}, at most 64 at once"),
+        "relative": (
+            "warning",
+            "./handler: looked for where forkd is started, which may be elsewhere; write it, or directory, in full",
+        ),
+        "missing": ("fault", "/nowhere/handler: there is no such program"),
+        "unknown": ("fault", "no-such-program: there is no such program in PATH"),
+        "plain": ("fault", f"{plain}: is not executable (chmod +x)"),
+        "folder": ("fault", f"{tmp_path}: is no program but a directory"),
+        "nowhere": ("fault", "/nowhere: there is no such directory"),
+    }
+    assert not (tmp_path / "started").exists()
+
+
+@as_root
+def test_a_program_is_looked_at_as_who_is_to_start_it(run: Checker, open_directory: Path) -> None:
+    handler = open_directory / "handler"
+    handler.write_text("#!/bin/sh\n")
+    handler.chmod(0o700)
+    own = {"own": {"provider": "exec", "command": [str(handler)]}}
+    assert run(backends=own).the("backend own")[0] == "ok"
+    said = run(server={"user": "nobody"}, backends=own)
+    assert said.the("backend own") == ("fault", f"{handler}: is not executable (chmod +x)")

@@ -445,6 +445,41 @@ logging: {access: perhaps}
             "default_backend: python",
             'default_backend: expected one of mock, typing, openai, anthropic, langgraph; got "python"',
         ),
+        ("backends: {own: {provider: exec}}", "backends.own.command: is missing"),
+        ("backends: {exec: {}}", "backends.exec.command: is missing"),
+        (
+            "backends: {own: {provider: exec, command: []}}",
+            "backends.own.command: expected a program and its arguments, got nothing",
+        ),
+        (
+            "backends: {own: {provider: exec, command: ./handler.sh}}",
+            "backends.own.command: expected a list, got a string",
+        ),
+        (
+            'backends: {own: {provider: exec, command: ["a\\0", 5, ""], directory: "/\\0"}}',
+            "backends.own.command[1]: expected a string, got 5\n"
+            'backends.own.command[2]: expected a string that is not empty, got ""\n'
+            'backends.own.command[0]: expected an argument without NUL, got "a\\u0000"\n'
+            'backends.own.directory: expected a path, got "/\\u0000"',
+        ),
+        (
+            "backends: {own: {provider: exec, command: [x], environment: {A: yes, B: [1], HANDOFF_DATA: x, a-b: x}}}",
+            "backends.own.environment.A: expected a string (in quotes), got true\n"
+            "backends.own.environment.B: expected a string (in quotes), got a list\n"
+            "backends.own.environment.HANDOFF_DATA: the names that begin with HANDOFF_ are forkd's own to set\n"
+            "backends.own.environment.a-b: a variable's name is made of letters, digits and underscores",
+        ),
+        (
+            "backends: {own: {provider: exec, command: [x], environment: x, pass_environment: [A, a=b]}}",
+            'backends.own.environment: expected a mapping of names to JSON values, got "x"\n'
+            'backends.own.pass_environment[1]: expected a variable\'s name, got "a=b"',
+        ),
+        (
+            "backends: {own: {provider: exec, command: [x], max_processes: 0, timeout_secs: -1, kill_after_secs: 0}}",
+            "backends.own.max_processes: expected a whole number from 1 to 1000000000, got 0\n"
+            "backends.own.timeout_secs: expected a number from 0 to 31536000, got -1\n"
+            "backends.own.kill_after_secs: expected a number above 0 to 31536000, got 0",
+        ),
         ("backends: {openai: {ca_file: /no}}", 'backends.openai.ca_file: "/no": No such file or directory'),
         ("backends: {openai: {ca_file: /}}", 'backends.openai.ca_file: "/": is not a regular file'),
         (

@@ -286,6 +286,27 @@ def test_recovery_gives_on_what_had_not_begun_and_has_the_rest_told(office: Offi
     assert office.counts["forkd_streams_recovered_total", "ended"] == 2
 
 
+def test_a_dead_workers_program_keeps_its_client(office: Office) -> None:
+    dead = office.hire()
+    client, server = socket.socketpair()
+    with server.dup() as program:
+        office.clients.append(client)
+        office.dispatcher.receive(server.detach(), -1, b"{}", 0, 0, 0.0)
+        office.dispatcher.dispatch()
+        office.heard(dead)
+        office.board.programs[0] = 7
+        office.board.states[0] = State.FOREIGN
+        client.sendall(b"for the program")
+        dead.life = Life.DEAD
+        assert office.dispatcher.recover(dead, 1.0) == {"closed": 1}
+        assert office.ledger.count == 0
+        assert office.board.programs[0] == 0
+        assert is_open(client)
+        assert program.recv(100) == b"for the program"
+        program.sendall(b"still here")
+        assert client.recv(100) == b"still here"
+
+
 def test_only_the_slot_that_was_being_handled_is_suspected(office: Office) -> None:
     for _ in range(2):
         peer = office.hire()

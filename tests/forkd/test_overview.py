@@ -167,3 +167,13 @@ def test_what_an_older_version_says_can_be_read() -> None:
     status = msgspec.json.decode(old, type=Status)
     assert status.workers[0].rss_bytes == 0
     assert status.wanted_workers is None
+
+
+def test_programs_are_counted_whoever_runs_them() -> None:
+    board = Board(5)
+    beat(board)
+    assert overview(board).status().programs == 0
+    for slot, mark in ((0, 1), (2, 2), (4, 255)):
+        board.programs[slot] = mark
+    assert overview(board).status().programs == 3
+    assert ("forkd_programs", "", 3) in list(overview(board).gauges())

@@ -180,3 +180,11 @@ def test_spans(secs: float, said: str) -> None:
 @pytest.mark.parametrize(("count", "said"), [(0, "0 MB"), (25 << 20, "25 MB"), (1 << 30, "1.0 GB")])
 def test_sizes(count: int, said: str) -> None:
     assert size(count) == said
+
+
+def test_programs_are_told_where_there_are_some() -> None:
+    assert "program" not in "".join(shown(Panel(status(worker(1)))))
+    assert shown(Panel(status(worker(1), programs=1)))[2] == "1 program running (exec)"
+    lines = shown(Panel(status(*[worker(index) for index in range(1, 30)], programs=1200)), live=True, height=20)
+    assert lines[2] == "1,200 programs running (exec)"
+    assert len(lines) <= 20

@@ -45,7 +45,7 @@ BACKENDS = {
     ),
     "stdin": shell('read -r line; echo "$line" again'),
     "stderr": shell("echo one >&2; printf 'two\\033[31m' >&2; yes three | head -n 500 >&2; echo done"),
-    "flood": shell("head -c 3000000 /dev/zero | tr '\\0' 'x' >&2; echo done"),
+    "flood": shell("head -c 1500000 /dev/zero | tr '\\0' 'x' >&2; echo done"),
     "missing": {"provider": "exec", "command": ["/nowhere/at-all"]},
     "nameless": {"provider": "exec", "command": ["no-such-program-anywhere"]},
     "plain file": {},
