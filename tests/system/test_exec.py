@@ -31,7 +31,7 @@ from tests.harness import (
     tcp_pair,
     wait_for,
 )
-from tests.system.programs import handlers, marked, shell, wait_until_gone
+from tests.system.programs import HEAD, handlers, marked, shell, wait_until_gone
 
 MARK = f"exec-tests-{os.getpid()}"
 MARKED = {"environment": {"MARK": MARK}}
@@ -60,7 +60,9 @@ BACKENDS = {
     "ignores TERM": shell(
         "trap '' TERM; echo some; while :; do sleep 0.05; done", timeout_secs=0.2, kill_after_secs=0.2, **MARKED
     ),
-    "cleans up": shell("trap 'echo cleaned >&2; exit 0' TERM; echo some; while :; do sleep 0.05; done", **MARKED),
+    "cleans up": shell(
+        f"trap 'echo cleaned >&2; exit 0' TERM; {HEAD}; while :; do sleep 0.05; done", head=False, **MARKED
+    ),
     "endless": shell("exec yes", **MARKED),
     "children": shell("sleep 1000 & sleep 1000 & echo some", **MARKED),
     "closes stdout": shell("exec >&- <&-; sleep 1000", timeout_secs=0.3, **MARKED),
@@ -421,7 +423,9 @@ def test_a_drain_waits_for_programs_and_an_end_ends_them(tmp_path: Path) -> None
     backends = {
         "waits": shell("echo here; read -r line; echo $line", environment={"MARK": f"{MARK}-drained"}),
         "stubborn": shell(
-            "trap '' TERM; echo here; while :; do sleep 0.05; done", environment={"MARK": f"{MARK}-drained"}
+            f"trap '' TERM; {HEAD}; echo here; while :; do sleep 0.05; done",
+            head=False,
+            environment={"MARK": f"{MARK}-drained"},
         ),
         "mute": shell("sleep 1000", head=False, environment={"MARK": f"{MARK}-drained"}),
     }
