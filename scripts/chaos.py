@@ -54,8 +54,6 @@ WORDS: Final = len(TEXT.split())
 PATIENCE_SECS: Final = 60.0
 REPLACED_SECS: Final = 2.0
 """How much later than `workers.timeout_secs` a stopped worker must have a successor."""
-MAY_FALL: Final = frozenset({"daemon_handoff_duration_seconds_sum"})
-"""A worker measures it from the beginning of its turn, and a handoff that comes during the turn makes it negative."""
 RATIO_MAX: Final = 3.0
 """Time to first byte, p99: during reloads, over that of the baseline."""
 
@@ -261,7 +259,7 @@ class Scraper:
             self.missed.append(str(error))
             return self._last
         self.scrapes += 1
-        fallen = {name for name, value in self._last.items() if now.get(name, -1) < value} - MAY_FALL
+        fallen = {name for name, value in self._last.items() if now.get(name, -1) < value}
         self.fallen += [f"{name} from {self._last[name]!r} to {now.get(name)!r}" for name in sorted(fallen)]
         self._last = now
         return now

@@ -155,6 +155,40 @@ def test_counters_are_summed_over_workers_and_outlive_them(tmp_path: Path) -> No
         assert {path.name for path in tmp_path.glob("metrics/*/*.db")} == files
 
 
+def counters(samples: dict[str, float]) -> dict[str, float]:
+    """What may never fall: counters, and all that a histogram is made of."""
+    return {name: value for name, value in samples.items() if re.search(r"_(total|count|sum|bucket)(\{|$)", name)}
+
+
+def test_200_restarts_leave_no_more_files_than_10_and_no_counter_falls(tmp_path: Path) -> None:
+    workers, restarts = 4, 200
+    with running(tmp_path, config={"workers": {"count": workers}}) as forkd:
+
+        def files() -> set[str]:
+            return {path.name for path in tmp_path.glob("metrics/*/*")}
+
+        after_10: set[str] = set()
+        last = counters(scrape(forkd))
+        began = 0
+        for killed in range(workers, restarts + 1, workers):
+            client = forkd.hand_over()
+            assert client.recv(1)  # a stream that the death finds begun, and counts
+            began += 1
+            for pid in forkd.workers():
+                os.kill(pid, signal.SIGKILL)
+            assert read_answer(client).reset is False
+            wait_for(lambda killed=killed: forkd.log().count(" ready (pid") == workers + killed, "new workers")
+            now = counters(scrape(forkd))
+            fallen = {name: (value, now.get(name)) for name, value in last.items() if now.get(name, -1) < value}
+            assert not fallen, f"after {killed} restarts"
+            last = now
+            if killed >= 10 and not after_10:
+                after_10 = files()
+        assert files() == after_10
+        wait_for(lambda: scrape(forkd)["forkd_worker_deaths_total"] == restarts, "every death counted")
+        wait_for(lambda: scrape(forkd)["daemon_connections_total"] == began, "every handoff counted")
+
+
 def test_gauges_are_exact_after_a_crash(tmp_path: Path) -> None:
     with running(tmp_path, config=LONG) as forkd:
         clients = [forkd.hand_over() for _ in range(6)]
