@@ -44,6 +44,7 @@
 #define HEAD_MAX 65536
 #define PIECE_BYTES 16384
 #define LOOK_AGAIN_MS 100
+#define LOOK_AT_LEAST_MS 60000
 #define WARN_SECS 60
 
 static const handoff_failure internal_error = {HTTP_INTERNAL_SERVER_ERROR, "internal_error", "Internal error"};
@@ -108,12 +109,11 @@ static int wait_for_daemon(const relay *x, apr_time_t deadline)
     struct pollfd fds[2] = {{.fd = x->daemon, .events = POLLIN}, {.fd = x->client, .events = POLLRDHUP}};
 
     for (;;) {
-        apr_interval_time_t left = deadline - apr_time_now();
-        int ms = left > 0 ? (int)apr_time_as_msec(left) + 1 : 0, n;
+        apr_interval_time_t left = deadline - apr_time_now(), most;
+        int n;
 
-        if (x->client < 0 && ms > LOOK_AGAIN_MS)
-            ms = LOOK_AGAIN_MS;
-        n = poll(fds, 2, ms);
+        most = apr_time_from_msec(x->client < 0 ? LOOK_AGAIN_MS : LOOK_AT_LEAST_MS);
+        n = poll(fds, 2, left > 0 ? (int)apr_time_as_msec(left < most ? left : most) + 1 : 0);
         if (n < 0 && errno != EINTR)
             return errno;
         if (is_aborted(x) || (n > 0 && fds[1].revents))

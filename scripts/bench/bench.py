@@ -18,7 +18,7 @@ from measure import Run, measure
 from moderation import MODERATED_UPSTREAMS, PAUSES_MS, write_moderation_plot
 from plot import write_plot
 from report import table, write_json
-from results import Comparison, Pair
+from results import KEPT, Comparison, Pair
 from rivals.daemons import RIVALS, Rival
 from shape import DEFAULT, QUICK, Shape, shape_for_live
 from subjects import BACKENDS, Floor, Forkd, Subject
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="start forkd with --benchmark")
     add("--scrape", action="store_true", help="ask forkd for its metrics every second")
     add("--tcp", action="store_true", help="clients on loopback TCP, not AF_UNIX socketpairs")
+    add("--persistent", action="store_true", help="forkd once more, all handed over by one connection")
     add("--only", choices=("floor", "forkd"), help="measure one of the two")
     add("--quick", action="store_true", help="a short look: 500 streams over 0.5 s, 6 events 200 ms apart, 2 pairs")
     add("--live", type=_positive_int, metavar="N", help="hold N streams at once, 1000 new ones a second, forkd alone")
@@ -101,6 +102,8 @@ def main(argv: Sequence[str]) -> int:
                 for rival in rivals_of(args, comparison.subject):
                     its_shape = rival.shape(shape, args.rival_streams or max(1, shape.streams // 10))
                     rivals[rival.name] = observe(rival, its_shape, load, number, runs)
+                if args.persistent and forkd_run is not None:
+                    rivals[KEPT] = observe(comparison.subject, replace(shape, persistent=True), load, number, runs)
                 comparison.pairs.append(Pair(floor_run, forkd_run, rivals))
     except (TrialError, LoadError, CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -106,4 +106,4 @@ class Generator:
 def _switches(shape: Shape, daemon: Daemon) -> tuple[str, ...]:
     if daemon.over_http:
         return ("-u",)
-    return ("-t",) if shape.tcp else ()
+    return (*(("-t",) if shape.tcp else ()), *(("-p",) if shape.persistent else ()))

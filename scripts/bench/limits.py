@@ -46,6 +46,7 @@ _CPU_RATIOS: Mapping[tuple[str, int], float] = {
 _MEMORY_KB: Mapping[str, float] = {"mock": 1.5, "http1": 4.0, "h2": 10.0, "h2-tls": 10.0}
 _TTFB_OVER_FLOOR_MS: Mapping[str, float] = {"mock": 3.0, "http1": 5.0, "h2": 5.0, "h2-tls": 5.0}
 _CONNECTIONS: Mapping[str, float] = {"h2": 60, "h2-tls": 60}
+MASTER_SAVING_PERCENT = 25.0  # with one connection for all handoffs, against one for each
 # A rival's CPU per stream, forkd = 1: the least that forkd's lead has to be.
 _LEAD: Mapping[str, float] = {"aiohttp": 3.0, "FastAPI+httpx": 25.0}
 
@@ -72,6 +73,9 @@ def check(comparison: Comparison) -> list[Check]:
     )
     checks = [Check(what, spread.median, limit) for what, spread, limit in measured if spread and limit is not None]
     checks.append(Check("streams lost", sum(run.lost for run in comparison.forkd_runs), 0))
+    if comparison.master_saving_percent:
+        saving = comparison.master_saving_percent.median
+        checks.append(Check("master's CPU saved by one connection, %", saving, MASTER_SAVING_PERCENT, at_least=True))
     for name in comparison.rivals:
         lead = comparison.rival_over_forkd(name)
         if lead and name in _LEAD:

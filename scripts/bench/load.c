@@ -4,7 +4,8 @@
  * being measured, so nothing here polls: epoll_pwait2 sleeps to the nanosecond at which the next handoff is due, a
  * wake-up costs one read per stream that has bytes, and what was read is compared with memcmp, not parsed. The sender
  * does what the Apache module does for each request: connect, one sendmsg of data and fd, close; EAGAIN from connect
- * (the backlog is full) is tried again a millisecond later.
+ * (the backlog is full) is tried again a millisecond later. With -p it does what the module does with
+ * SocketHandoffPersistent On: one connection for all, and a new one when the daemon has closed it.
  *
  * With -u the daemon is an HTTP server on a Unix stream socket instead: DATA is the request, sent on a connection of its
  * own per stream, and the answer is expected in chunked transfer coding.
@@ -62,7 +63,7 @@ static struct {
     struct sockaddr_un daemon;
     uint32_t count;
     int64_t over, timeout;
-    bool tcp, http;
+    bool tcp, http, persistent;
     char *body, *data;
     size_t body_len, data_len;
     char *number; /* where the stream's number goes in data; NULL: nowhere */
@@ -73,6 +74,7 @@ static struct stream *streams;
 static int epoll, listener = -1;
 static struct sockaddr_in listener_addr;
 static uint32_t next, live, ended, live_peak, retries; /* live: has its first byte and has not ended */
+static int kept = -1; /* with -p: the connection for all handoffs */
 static int pending = -1; /* the daemon's end of the next stream's pair, while connect has to be retried */
 static bool announced, explained;
 
@@ -278,6 +280,32 @@ static bool ask(int64_t due)
     return true;
 }
 
+/* A connection to the daemon; -1 and errno when there is none to be had. */
+static int connect_daemon(void)
+{
+    int conn = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (conn < 0)
+        die("socket");
+    if (!connect(conn, (void *)&opt.daemon, sizeof opt.daemon))
+        return conn;
+    int why = errno;
+    close(conn);
+    errno = why;
+    return -1;
+}
+
+/* By the kept connection. False: there is none, or the daemon has closed it. */
+static bool pass_by_kept(struct stream *s)
+{
+    if (kept < 0)
+        return false;
+    if (pass(kept, pending, s))
+        return true;
+    close(kept);
+    kept = -1;
+    return false;
+}
+
 /* Hands the next stream over. False: the daemon's backlog is full, try again in RETRY_NS. */
 static bool hand_over(int64_t due)
 {
@@ -289,24 +317,24 @@ static bool hand_over(int64_t due)
         pending = pair[1];
         watch(s, next);
     }
-    int conn = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (conn < 0)
-        die("socket");
-    bool ok = !connect(conn, (void *)&opt.daemon, sizeof opt.daemon);
-    if (!ok && errno == EAGAIN) {
-        close(conn);
+    number_data();
+    bool ok = pass_by_kept(s);
+    int conn = ok ? -1 : connect_daemon();
+    if (!ok && conn < 0 && errno == EAGAIN) {
         retries++;
         return false;
     }
-    number_data();
-    if (ok && pass(conn, pending, s)) {
+    if (ok || (conn >= 0 && pass(conn, pending, s))) {
         s->out.late = s->sent - due;
     } else {
         explain(s, strerror(errno), "", 0);
         end(s, UNSENT);
     }
     close(pending);
-    close(conn);
+    if (opt.persistent && conn >= 0)
+        kept = conn;
+    else if (conn >= 0)
+        close(conn);
     pending = -1;
     next++;
     return true;
@@ -388,17 +416,20 @@ static void listen_for_own_clients(void)
 static void parse(int argc, char **argv)
 {
     int c;
-    while ((c = getopt(argc, argv, "tu")) != -1)
+    while ((c = getopt(argc, argv, "tup")) != -1)
         if (c == 't')
             opt.tcp = true;
         else if (c == 'u')
             opt.http = true;
+        else if (c == 'p')
+            opt.persistent = true;
         else
             exit(2);
     if (argc - optind != 7 || strlen(argv[optind]) >= sizeof opt.daemon.sun_path) {
-        fprintf(stderr, "usage: load [-t | -u] SOCKET STREAMS OVER_MS TIMEOUT_MS DATA BODY RESULT\n"
+        fprintf(stderr, "usage: load [-t | -u] [-p] SOCKET STREAMS OVER_MS TIMEOUT_MS DATA BODY RESULT\n"
                         "  -t           TCP clients over the loopback, not AF_UNIX pairs\n"
                         "  -u           SOCKET is that of an HTTP server, DATA a request\n"
+                        "  -p           one connection for all handoffs, not one for each\n"
                         "  TIMEOUT_MS   after OVER_MS, when streams that have not ended are given up\n"
                         "  DATA         the handoff data; ###### in it becomes the stream's number\n"
                         "  BODY         file: what each stream must say after its head\n"

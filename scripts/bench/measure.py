@@ -33,6 +33,7 @@ class Run:
     subject: str
     streams: int
     cpu_us: float  # user+system of all processes, per stream, microseconds
+    master_cpu_us: float  # of it, the first process alone: forkd's master, per handoff
     memory_kb: float | None  # PSS per live stream, 1 KB = 1024 bytes
     memory_unfiled_kb: float | None  # of it, what is no page of a file: see proc.py
     live: int  # streams alive when the memory was read
@@ -82,10 +83,12 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
                 memory = tree.memory()
                 api_ns = -api.tree.cpu_ns() if api else 0
                 machine, cpu_ns, started = MachineTime.now(), tree.cpu_ns(), time.monotonic()
+                master_ns = -tree.root_cpu_ns()
                 with scraping(daemon.metrics_url) if daemon.metrics_url else nullcontext():
                     outcome = generator.run(lambda live: alive.append((live, tree.memory() - memory)))
                     time.sleep(SETTLE_SECS)
                 cpu_ns, processes = tree.cpu_ns() - cpu_ns, len(tree.pids())
+                master_ns += tree.root_cpu_ns()
                 window_secs = time.monotonic() - started
                 api_ns += api.tree.cpu_ns() if api else 0
                 ours_secs = (cpu_ns + api_ns) / 1e9 + outcome.generator_cpu_secs
@@ -100,6 +103,7 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
         subject=subject.name,
         streams=shape.streams,
         cpu_us=cpu_ns / 1000 / shape.streams,
+        master_cpu_us=master_ns / 1000 / shape.streams,
         memory_kb=grown.pss / 1024 / live if live else None,
         memory_unfiled_kb=grown.unfiled / 1024 / live if live else None,
         live=live,

@@ -37,6 +37,10 @@ class Tree:
         """User and system time of the tree since it began, in ns, with all that have died in it."""
         return sum(_clock_ns(pid) + _dead_children_ns(pid) for pid in self.pids())
 
+    def root_cpu_ns(self) -> int:
+        """User and system time of the root alone, without its children dead or alive."""
+        return _clock_ns(self._root.pid)
+
     def memory(self) -> "Memory":
         """What the tree occupies now."""
         return sum((_memory(pid) for pid in self.pids()), Memory(0, 0))

@@ -16,6 +16,7 @@ from shape import DEFAULT
 # label, name in results.FIGURES, decimals
 _ROWS = (
     ("CPU per stream, µs", "cpu_us", 1),
+    ("master's CPU per handoff, µs", "master_cpu_us", 1),
     ("memory per live stream, KB", "memory_kb", 2),
     ("  without pages of files", "memory_unfiled_kb", 2),
     ("time to first byte p50, ms", "ttfb_p50_ms", 2),

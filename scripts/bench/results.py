@@ -47,8 +47,11 @@ class Pair:
     rivals: dict[str, Run] = field(default_factory=dict)
 
 
+KEPT: Final = "forkd, kept connection"
+"""The name of the run with one connection for all handoffs, among a pair's rivals."""
 FIGURES: Final = (
     "cpu_us",
+    "master_cpu_us",
     "memory_kb",
     "memory_unfiled_kb",
     "ttfb_p50_ms",
@@ -111,6 +114,15 @@ class Comparison:
         )
 
     @property
+    def master_saving_percent(self) -> Spread | None:
+        """By how much less CPU the master needs for a handoff with one connection for all."""
+        return spread(
+            100 * (1 - pair.rivals[KEPT].master_cpu_us / pair.forkd.master_cpu_us)
+            for pair in self.pairs
+            if pair.forkd and KEPT in pair.rivals
+        )
+
+    @property
     def cpu_ratio(self) -> Spread | None:
         """CPU per stream of forkd, divided by floor's of the same pair."""
         return self._paired(lambda floor, forkd: forkd.cpu_us / floor.cpu_us)
@@ -144,6 +156,7 @@ class Comparison:
             "scrape": self.subject.scrape,
             "cpu_ratio": _spread_json(self.cpu_ratio),
             "ttfb_p99_over_floor_ms": _spread_json(self.ttfb_over_floor_ms),
+            "master_saving_percent": _spread_json(self.master_saving_percent),
             "floor": _figures_json(self.floor_runs),
             "forkd": _figures_json(self.forkd_runs),
             "rivals": {

@@ -17,6 +17,7 @@ class Shape:
     events: int
     delay_ms: float
     tcp: bool = False
+    persistent: bool = False  # one connection for all handoffs
 
     @property
     def stream_secs(self) -> float:
@@ -33,6 +34,7 @@ class Shape:
         return (
             f"{self.streams} streams over {self.over_secs:g} s, "
             f"{self.events} events {self.delay_ms:g} ms apart, {clients} clients"
+            f"{', one connection for all handoffs' if self.persistent else ''}"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,9 +86,16 @@ def read_all(answer: Answer) -> bytes:
 class Http1:
     """An answer by HTTP/1.1 under TLS."""
 
-    def __init__(self, site: SecureSite, target: str, body: bytes | None = None) -> None:
+    def __init__(self, site: SecureSite, target: str, body: bytes | None = None, *, narrow: bool = False) -> None:
+        """With `narrow` little of the answer fits between the two ends."""
+        sock = socket.socket()
+        sock.settimeout(PATIENCE_SECS)
+        if narrow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", site.port))
         context = ssl.create_default_context(cafile=str(site.ca_file))
-        self.connection = http.client.HTTPSConnection("localhost", site.port, timeout=PATIENCE_SECS, context=context)
+        self.connection = http.client.HTTPConnection("localhost", site.port)
+        self.connection.sock = context.wrap_socket(sock, server_hostname="localhost")
         self.connection.request("GET" if body is None else "POST", target, body)
         self._response: http.client.HTTPResponse | None = None
 
@@ -125,7 +133,8 @@ class Http1:
 class Http2:
     """An answer by HTTP/2 under TLS."""
 
-    def __init__(self, site: SecureSite, target: str, body: bytes | None = None) -> None:
+    def __init__(self, site: SecureSite, target: str, body: bytes | None = None, *, narrow: bool = False) -> None:
+        """`narrow` or not: the windows of HTTP/2 are small as they are."""
         self.client = H2Client(
             SimpleNamespace(unix_path=None, host="127.0.0.1", port=site.port, ca_file=str(site.ca_file))
         )

@@ -142,6 +142,27 @@ def test_a_connection_may_carry_many_and_idle_between(desk: Desk, null: int) -> 
     assert desk.payloads() == [b"0", b"1", b"2"]
 
 
+def test_many_idle_senders_are_no_pending_ones_and_cost_nothing(desk: Desk, null: int) -> None:
+    """Apache keeps its connections for hours. Only senders that have not sent anything yet have to hurry."""
+    senders = [desk.connect() for _ in range(200)]
+    for sender in senders:
+        send(sender, b"x", null)
+    desk.settle()
+    desk.now += 86400
+    desk.intake.expire(desk.now)
+    assert (len(desk.delivered), desk.intake.senders) == (200, 200)
+    assert desk.turn() == 0
+    send(senders[77], b"y", null)
+    assert desk.turn() == 1
+    assert desk.payloads()[200:] == [b"y"]
+    silent = [desk.connect() for _ in range(4)]  # one more than may be pending
+    desk.settle()
+    assert desk.failed("sender_evicted") == 1
+    assert desk.intake.senders == 203
+    for sender in (*senders, *silent):
+        sender.close()
+
+
 def test_a_stream_connection_carries_one_up_to_its_end(desk: Desk, null: int) -> None:
     with desk.connect("stream") as sender:
         for piece in (b"in ", b"three ", b"pieces"):
