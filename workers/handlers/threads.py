@@ -25,9 +25,14 @@ class ThreadRun(Run):
 
     __slots__ = ("condition",)
 
+    condition: threading.Condition | None
+    """Made at the first wait, which most never come to, and then the same for good: the loop may be about to use it."""
+
     def wait(self) -> None:
         """Wait while the handler is held; in the handler's thread."""
-        condition = self.condition = threading.Condition(threading.Lock())
+        condition = self.condition
+        if condition is None:
+            condition = self.condition = threading.Condition(threading.Lock())
         with condition:
             self.waits = True
             while self.held:
@@ -36,8 +41,10 @@ class ThreadRun(Run):
 
     def wake(self) -> None:
         """Called by the loop's thread, if it `waits`."""
-        with self.condition:
-            self.condition.notify()
+        condition = self.condition
+        assert condition is not None
+        with condition:
+            condition.notify()
 
     def live(self) -> None:
         """Run the handler to its end; in a thread."""
@@ -84,7 +91,9 @@ class Threads:
         self, backend: HandlerBackend, handoff: Handoff, label: str, mailbox: Mailbox, source: HandlerSource
     ) -> Run:
         """See `Runner`, as the others."""
-        return ThreadRun(backend.target.function, handoff, label, mailbox, source)
+        run = ThreadRun(backend.target.function, handoff, label, mailbox, source)
+        run.condition = None
+        return run
 
     def begin(self, source: HandlerSource) -> None:
         if self._busy - self._stuck < self._most:
