@@ -385,7 +385,11 @@ class TestHandlers:
             ("print('noise')\ndef f(h): yield", "ok", "own:f can be imported"),
             ("def f(h): pass", "fault", "own:f: own:f is no generator: there is no yield in it"),
             ("import os\nos._exit(9)", "fault", "own:f: importing it ended the process, which exited with status 9"),
-            ("import os\nos.abort()", "fault", "own:f: importing it ended the process, which was killed by SIGABRT"),
+            (
+                "import os\nos.kill(os.getpid(), 9)",
+                "fault",
+                "own:f: importing it ended the process, which was killed by SIGKILL",
+            ),
             ("1 / 0", "fault", "own:f: importing own failed: ZeroDivisionError: division by zero"),
             (
                 "import time\ntime.sleep(99)",
