@@ -1,5 +1,7 @@
 # Every target sets up what it needs, and says so.
-PYTHON ?= python3
+ifndef PYTHON
+PYTHON := $(shell scripts/python)
+endif
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
 DEMO_ARGS ?=

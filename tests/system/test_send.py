@@ -33,9 +33,18 @@ def forkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forkd]:
         {"path": str(directory / "forbidden"), "allow_users": [1]},
     ]
     dead = {"provider": "openai", "api_base": "http://127.0.0.1:1", "retries": 0}
-    backends = {**BACKENDS, "dead": dead, "echo": {"provider": "typing", "token_delay_ms": 0}}
+    quick = {"provider": "typing", "token_delay_ms": 0}
+    backends = {**BACKENDS, "dead": dead, "echo": quick, "flushed": dict(quick)}
     with running(directory, config={"workers": {"count": 1}, "listeners": listeners, "backends": backends}) as daemon:
         yield daemon
+
+
+@pytest.fixture
+def flushed(forkd: Forkd) -> None:
+    """What the tests before have counted is written: the worker writes all its counts at once."""
+    before = forkd.metric("daemon_backend_requests_total", backend="flushed")
+    assert forkd.ask(b'{"prompt":"x","backend":"flushed"}').complete
+    forkd.wait_for_metric("daemon_backend_requests_total", before + 1, backend="flushed")
 
 
 def send(*arguments: str, given: bytes | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -78,6 +87,7 @@ def test_raw_is_every_byte(forkd: Forkd) -> None:
     assert done.stdout.endswith("data: [DONE]\n\nevent: done\ndata: {}\n\n")
 
 
+@pytest.mark.usefixtures("flushed")
 def test_a_piece_is_printed_when_it_comes_and_ctrl_c_ends_the_stream(forkd: Forkd) -> None:
     command = [*FORKD, "-s", forkd.path, '{"prompt":"x","backend":"still"}']
     with (
@@ -93,6 +103,7 @@ def test_a_piece_is_printed_when_it_comes_and_ctrl_c_ends_the_stream(forkd: Fork
     assert process.returncode == 130
 
 
+@pytest.mark.usefixtures("flushed")
 def test_a_reader_that_goes_ends_the_stream(forkd: Forkd) -> None:
     command = [*FORKD, "-s", forkd.path, '{"prompt":"x","backend":"steady"}']
     with (
