@@ -21,22 +21,30 @@ def metrics_url(log: Path) -> str:
     return found[1]
 
 
+def scrape(url: str) -> None:
+    """Ask once. TrialError if the answer was not one."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            if b"daemon_active_streams" not in answer.read():
+                raise TrialError("a scrape without daemon_active_streams")
+    except OSError as error:
+        raise TrialError(f"a scrape failed: {error}") from error
+
+
 @contextmanager
 def scraping(url: str) -> Iterator[None]:
     """Ask every second until the block ends. TrialError if an answer was not one."""
     ended = threading.Event()
-    faults: list[str] = []
+    faults: list[TrialError] = []
 
-    def scrape() -> None:
+    def go_on() -> None:
         while not ended.wait(EVERY_SECS):
             try:
-                with urllib.request.urlopen(url, timeout=10) as answer:
-                    if b"daemon_active_streams" not in answer.read():
-                        faults.append("a scrape without daemon_active_streams")
-            except OSError as error:
-                faults.append(f"a scrape failed: {error}")
+                scrape(url)
+            except TrialError as error:
+                faults.append(error)
 
-    thread = threading.Thread(target=scrape)
+    thread = threading.Thread(target=go_on)
     thread.start()
     try:
         yield
@@ -44,4 +52,4 @@ def scraping(url: str) -> Iterator[None]:
         ended.set()
         thread.join()
     if faults:
-        raise TrialError(faults[0])
+        raise faults[0]

@@ -16,7 +16,7 @@ import yaml
 from api_answer import TRIAL_MODEL
 from api_host import Api, Upstream
 from daemon import Daemon, ready, spawn
-from scraper import metrics_url
+from scraper import metrics_url, scrape
 from shape import Shape
 from trial import TrialError, try_streams, wait_for_listener
 
@@ -138,6 +138,7 @@ class Forkd:
             daemon.body = try_streams(socket_path, TRIAL_DATA, shape.words, 8 * self.workers)
             if self.scrape:
                 daemon.metrics_url = metrics_url(log)
+                scrape(daemon.metrics_url)  # what the first one takes in memory is no stream's
 
         try:
             return ready(daemon, warm)
