@@ -116,6 +116,10 @@ class Worker:
         beat = 0
         self._housekeeping()  # first: whoever hears that it is ready finds it in ps
         self._say(Up.READY)
+        settings = context.settings
+        for name in {settings.default_backend, *(listener.backend for listener in settings.all_listeners())}:
+            if name in context.pools:
+                context.pools[name].prepare()
         self._sweep()
         while not self._draining or context.streams or context.finished or self._returned:
             loop.turn()

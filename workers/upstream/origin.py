@@ -1,7 +1,8 @@
 """Where a backend's API is, and what it takes to get there.
 
 The route is made when it is first wanted: the name is looked up beside the loop, and so are the system's certificates
-loaded, which takes tens of milliseconds and a megabyte that a worker without such a backend has no use for.
+loaded, which takes tens of milliseconds and a megabyte that a worker without such a backend has no use for. Where it is
+certain that there will be streams, `prepare` loads them before the first.
 """
 
 import socket
@@ -33,6 +34,7 @@ class Origin:
         self._resolver = resolver
         self._offload = offload
         self._tls: ssl.SSLContext | None = None
+        self._loading = False
         self._waiting: list[Answer] = []
         """Those who wait for the certificates."""
 
@@ -50,8 +52,7 @@ class Origin:
         """Call `answer` with the route, at once or later."""
         if self.scheme == "https" and self._tls is None:
             self._waiting.append(answer)
-            if len(self._waiting) == 1:
-                self._offload.run(self._context, self._trusting)
+            self.prepare()
             return
         if self._settings.api_socket is not None:
             answer(self._route([Address(socket.AF_UNIX, self._settings.api_socket)]))
@@ -62,6 +63,12 @@ class Origin:
             answer(self._route(addresses) if addresses else Failure("backend_unresolved", detail, unseen=True))
 
         self._resolver.resolve(self._host, self._port, resolved)
+
+    def prepare(self) -> None:
+        """Load what it takes for TLS, so that the first who asks need not wait for it."""
+        if self.scheme == "https" and self._tls is None and not self._loading:
+            self._loading = True
+            self._offload.run(self._context, self._trusting)
 
     def reached(self, address: Address) -> None:
         """A connection to `address` succeeded."""
@@ -84,6 +91,7 @@ class Origin:
         return context
 
     def _trusting(self, context: ssl.SSLContext | Exception) -> None:
+        self._loading = False
         waiting, self._waiting = self._waiting, []
         if not isinstance(context, Exception):
             self._tls = context

@@ -86,6 +86,10 @@ class Pool:
             self._loop.after(_HOUSEKEEPING_TICKS, self)
         return exchange
 
+    def prepare(self) -> None:
+        """Get ready for the first to ask, opening no connection yet."""
+        self._origin.prepare()
+
     def close(self) -> None:
         """Let every idle connection go."""
         for connection in self._idle:
