@@ -103,6 +103,31 @@ class Exchange:
             receiver.crashed(error)
 
 
+class Carrier(Protocol):
+    """What a connection is to the exchange that it carries."""
+
+    def release_ended(self, exchange: "Exchange") -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
+class ReleaseEnd:
+    """Timed: the end of the moment that a released exchange has to end by itself."""
+
+    __slots__ = ("_carrier", "_exchange")
+
+    def __init__(self, carrier: Carrier, exchange: Exchange) -> None:
+        self._carrier = carrier
+        self._exchange = exchange
+
+    def tick(self) -> None:
+        """The moment is over."""
+        self._carrier.release_ended(self._exchange)
+
+    def crashed(self, error: Exception) -> None:
+        """Called by the loop."""
+        self._carrier.crashed(error)
+
+
 class _Nobody:
     """Listens to what nobody wants to hear."""
 

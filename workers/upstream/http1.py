@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import httptools
 
 from workers.loop import Loop, to_ticks
-from workers.upstream.exchange import NOBODY, Exchange, Failure
+from workers.upstream.exchange import NOBODY, Exchange, Failure, ReleaseEnd
 from workers.upstream.message import HttpRequest
 from workers.upstream.transport import Transport
 
@@ -121,7 +121,7 @@ class Http1:
         """Read on to the end of the message, for a moment."""
         if exchange is self._exchange:
             self._transport.resume()
-            self._loop.after(RELEASE_TICKS, _Release(self, exchange))
+            self._loop.after(RELEASE_TICKS, ReleaseEnd(self, exchange))
 
     def release_ended(self, exchange: Exchange) -> None:
         """The moment is over."""
@@ -273,19 +273,3 @@ class Http1:
             self._close()
         if exchange is not None:
             exchange.fail(Failure(code, detail))
-
-
-class _Release:
-    """The moment of a released exchange."""
-
-    __slots__ = ("_connection", "_exchange")
-
-    def __init__(self, connection: Http1, exchange: Exchange) -> None:
-        self._connection = connection
-        self._exchange = exchange
-
-    def tick(self) -> None:
-        self._connection.release_ended(self._exchange)
-
-    def crashed(self, error: Exception) -> None:
-        self._connection.crashed(error)

@@ -34,7 +34,7 @@ from h2.settings import SettingCodes
 
 from forkd.settings import Http2 as Http2Settings
 from workers.loop import Loop, to_ticks
-from workers.upstream.exchange import NOBODY, Exchange, Failure
+from workers.upstream.exchange import NOBODY, Exchange, Failure, ReleaseEnd
 from workers.upstream.fields import FieldEncoder
 from workers.upstream.message import HttpRequest
 from workers.upstream.transport import Transport
@@ -229,7 +229,7 @@ class Http2:
         """Nobody listens any more; the end of the stream is most likely on its way."""
         exchange.paused = False
         self._give_back(exchange)
-        self._loop.after(RELEASE_TICKS, _Release(self, exchange))
+        self._loop.after(RELEASE_TICKS, ReleaseEnd(self, exchange))
 
     def check(self, now: float) -> None:
         """Called about once a second: keep-alive by PING while there are exchanges."""
@@ -582,22 +582,6 @@ def _named(code: int) -> str:
         return ErrorCodes(code).name
     except ValueError:
         return f"error {code}"
-
-
-class _Release:
-    """The moment of a released exchange."""
-
-    __slots__ = ("_connection", "_exchange")
-
-    def __init__(self, connection: Http2, exchange: Exchange) -> None:
-        self._connection = connection
-        self._exchange = exchange
-
-    def tick(self) -> None:
-        self._connection.release_ended(self._exchange)
-
-    def crashed(self, error: Exception) -> None:
-        self._connection.crashed(error)
 
 
 class _Late:
