@@ -21,11 +21,13 @@ HOSTS_MAX: Final = 8
 
 
 class TaskRun(Run):
-    """A run in a task. `host`, `task` and `gate` are None before it begins. `closes`: it is on its way out."""
+    """A run in a task. `host`, `task` and `gate` are None before it begins. `lives`: it has taken its first step, and is
+    not on its way out.
+    """
 
-    __slots__ = ("closes", "gate", "host", "task")
+    __slots__ = ("gate", "host", "lives", "task")
 
-    closes: bool
+    lives: bool
     host: "Host | None"
     task: "asyncio.Task[None] | None"
     gate: "asyncio.Future[None] | None"
@@ -48,6 +50,7 @@ class TaskRun(Run):
         """Run the handler to its end."""
         failure: BaseException | None = None
         generator: object = None
+        self.lives = True
         try:
             if not self.cancelled:
                 generator = self.function(self.handoff)
@@ -65,7 +68,7 @@ class TaskRun(Run):
             failure = None if self.cancelled else error
         except BaseException as error:  # SystemExit too, which would end the loop and all who are on it
             failure = error
-        self.closes = True
+        self.lives = False
         if isinstance(generator, AsyncGenerator):
             try:
                 await generator.aclose()
@@ -158,7 +161,9 @@ class Host:
 
 
 def _cancel(run: TaskRun) -> None:
-    if run.task is not None and not run.closes:  # or it would be cut short in its `finally`
+    # Before its first step a task that is cancelled never takes it, and nobody would be told of its end: so it takes it,
+    # and sees that it is cancelled. Later it would be cut short in its `finally`.
+    if run.task is not None and run.lives:
         run.task.cancel()
 
 
@@ -174,7 +179,7 @@ class Tasks:
     ) -> Run:
         """See `Runner`, as the others."""
         run = TaskRun(backend.target.function, handoff, label, mailbox, source)
-        run.closes = False
+        run.lives = False
         run.gate = run.host = run.task = None
         return run
 
