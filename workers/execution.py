@@ -97,7 +97,7 @@ class Execution:
         self._code = ""
         self._over = False
         self._deadline = float("inf")
-        self._client = Lent(context, self, claim.fd)
+        self._client = Lent(context, self, claim.fd, relayed=request.relayed)
         context.streams.add(self)
 
     def begin(self) -> None:

@@ -50,13 +50,16 @@ class Owner(Protocol):
 class Lent:
     """One client's socket. Owns its fd until `client_closed`."""
 
-    __slots__ = ("_before", "_context", "_linger_until", "_owner", "_sock", "_wait_ticks", "_watched")
+    __slots__ = ("_before", "_context", "_linger_ticks", "_linger_until", "_owner", "_sock", "_wait_ticks", "_watched")
 
-    def __init__(self, context: Context, owner: Owner, fd: int) -> None:
-        """Takes over `fd`, which must be in no selector."""
+    def __init__(self, context: Context, owner: Owner, fd: int, *, relayed: bool = False) -> None:
+        """Takes over `fd`, which must be in no selector. `relayed`: as in `workers.client.RelayedClient`."""
         self._context = context
         self._owner = owner
         self._sock = socket.socket(fileno=fd)
+        # Or, where a handler's module called socket.setdefaulttimeout, recv would wait for so long, flags or not.
+        self._sock.settimeout(None)
+        self._linger_ticks = context.timings.relayed_linger_ticks if relayed else context.timings.linger_ticks
         self._before: int | None = None
         self._linger_until = 0
         self._wait_ticks = 1
@@ -112,7 +115,7 @@ class Lent:
         except OSError:
             self.close()
             return
-        self._linger_until = context.loop.at + context.timings.linger_ticks
+        self._linger_until = context.loop.at + self._linger_ticks
         context.loop.after(1, self)
 
     def reset(self) -> None:
