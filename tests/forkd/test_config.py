@@ -343,6 +343,12 @@ logging: {access: perhaps}
             'listeners[0].data.backend: expected one of mock, typing, openai, anthropic, langgraph; got "cohere"',
         ),
         (
+            "listeners: [{path: /x, protocol: fdpass, data: {a: {on: 1}}}, "
+            "{path: /y, protocol: fdpass, data: {a: {null: 1}}}]",
+            "listeners[0].data: expected a mapping of names to JSON values, got a mapping\n"
+            "listeners[1].data: expected a mapping of names to JSON values, got a mapping",
+        ),
+        (
             "listeners: [{path: /x, data: {a: {1.5: .nan}}}]",
             "listeners[0].data: expected a mapping of names to JSON values, got a mapping",
         ),
