@@ -164,7 +164,7 @@ class Walk:
             # Refuses lone surrogates, which nothing could print, and what no handoff data may hold.
             json.dumps(found, default=str, ensure_ascii=False, allow_nan=False).encode()
             if isinstance(found, dict):
-                msgspec.json.encode(found)  # as a worker will; it refuses keys that YAML has and JSON has not: true, null
+                msgspec.json.encode(found)  # refuses keys that YAML has and JSON has not: true, null
         except (msgspec.ValidationError, ValueError, TypeError):
             expected = _expected(types, value)
             separator = ";" if expected.startswith("one of") else ","

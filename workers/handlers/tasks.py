@@ -21,8 +21,8 @@ HOSTS_MAX: Final = 8
 
 
 class TaskRun(Run):
-    """A run in a task. `host`, `task` and `gate` are None before it begins. `lives`: it has taken its first step, and is
-    not on its way out.
+    """A run in a task. `host`, `task` and `gate` are None before it begins. `lives`: it has taken its first step,
+    and is not on its way out.
     """
 
     __slots__ = ("gate", "host", "lives", "task")
@@ -161,8 +161,8 @@ class Host:
 
 
 def _cancel(run: TaskRun) -> None:
-    # Before its first step a task that is cancelled never takes it, and nobody would be told of its end: so it takes it,
-    # and sees that it is cancelled. Later it would be cut short in its `finally`.
+    # A task that is cancelled before its first step never takes it, and nobody hears of its end: so let it take it, and
+    # see for itself. Later it would be cut short in its `finally`.
     if run.task is not None and run.lives:
         run.task.cancel()
 
