@@ -85,12 +85,12 @@ class Run:
                     value.encode()
                 except UnicodeEncodeError as error:
                     raise BadYield(f"it yielded text that UTF-8 cannot carry: {error.reason}") from None
-            piece: str | bytes = value
+            piece: str | bytes = value if type(value) is str else str.__str__(value)  # JSON's encoder takes no subclass
         elif isinstance(value, bytes | bytearray | memoryview):
             if self._decoder is None:
                 self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
             piece = self._decoder.decode(bytes(value))
-        elif isinstance(value, Event):
+        elif isinstance(value, Event) and isinstance(value.encoded, bytes):
             piece = value.encoded
         else:
             kind = type(value).__name__

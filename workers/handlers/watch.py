@@ -94,8 +94,9 @@ class Handlers:
         return "; ".join(notes)
 
     def look(self) -> None:
-        """Called each second."""
+        """Called each second, from the start."""
         now = self._loop.now
+        self._log.disabled = False  # as logging.config.dictConfig leaves it, in a module or in a handler
         for source in [source for source in self._closing if now - source.over_at >= CLOSE_SECS]:
             del self._closing[source]
             self._stuck[source] = None
