@@ -70,12 +70,11 @@ class Offload:
         `function` must touch nothing that the loop's thread changes. An exception that leaves `done` is a bug: it is
         given to `crashed`, or logged, and the others' outcomes are given back all the same. Functions start in the
         order of the calls; outcomes come as they come. Nothing is ever cancelled: `done` of one who no longer cares
-        returns at once.
+        returns at once. Raises OSError if the first call finds no fd, or no epoll watch, to be had.
         """
         assert not self._closed, "run after close"
         if self._wakeup_fd < 0:
-            self._wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._loop.selector.register(self._wakeup_fd, EVENT_READ, self)
+            self._wakeup_fd = self._watched()
         job = _Job(function, done, crashed or _log)
         self._pending += 1
         if self._pending > len(self._threads) < self._most:
@@ -125,6 +124,16 @@ class Offload:
     def crashed(self, error: Exception) -> None:
         """Outcomes that `on_ready` left lying when it raised are given back with the next one that comes."""
         _log(error)
+
+    def _watched(self) -> int:
+        """A new eventfd in the selector. Raises OSError, and then nothing is left: the next `run` tries again."""
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._loop.selector.register(fd, EVENT_READ, self)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _start_thread(self) -> None:
         """Start one more. It inherits this thread's signal mask, so there is no instant in which it takes a signal."""

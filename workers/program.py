@@ -120,10 +120,12 @@ class Program:
         self._stderr = _Stderr(context, owner, launched.stderr_fd)
         try:
             selector.register(launched.pidfd, EVENT_READ, self)
-            self._stderr.watch()
-        except OSError as error:
-            with contextlib.suppress(OSError):
+            try:
+                self._stderr.watch()
+            except OSError:
                 selector.unregister(launched.pidfd)
+                raise
+        except OSError as error:
             os.close(launched.pidfd)
             os.close(launched.stderr_fd)
             kill_group(launched.pid, signal.SIGKILL)

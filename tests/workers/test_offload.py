@@ -1,5 +1,6 @@
 """Blocking calls beside the loop: where they run, how they come back, and what does not get lost."""
 
+import errno
 import gc
 import logging
 import os
@@ -295,3 +296,19 @@ def test_close_in_a_done(loop: Loop, make: Callable[..., Offload], caplog: pytes
     assert not outcomes
     assert not caplog.records
     assert not loop.selector.registered
+
+
+def test_after_a_time_without_epoll_watches_all_is_as_before(
+    loop: Loop, make: Callable[..., Offload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    offload = make()
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.loop.Selector.register", refuse)
+        with pytest.raises(OSError, match="No space"):
+            offload.run(int, lambda _: None)
+    seen: list[Any] = []
+    offload.run(int, seen.append)
+    eventually(lambda: seen, loop)
