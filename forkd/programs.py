@@ -9,6 +9,7 @@ import os
 import pwd
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from typing import Final
 
@@ -23,9 +24,20 @@ _MARKS_MAX: Final = 255
 
 
 def marks(settings: Settings) -> dict[str, int]:
-    """The mark on the board of each `exec` backend, by its name. If there are more than marks, the last share one."""
-    names = sorted(name for name, own in settings.backends.items() if isinstance(own, ExecBackend))
-    return {name: min(number, _MARKS_MAX) for number, name in enumerate(names, 1)}
+    """The mark on the board of each `exec` backend, by its name. If there are more than marks, the last share theirs.
+
+    It comes from the name, and not from what other backends there are: while a reload lasts, workers of two
+    configurations count the same programs. (Names that want the same mark are the exception; the later has the next.)
+    """
+    found: dict[str, int] = {}
+    taken: set[int] = set()
+    for name in sorted(name for name, own in settings.backends.items() if isinstance(own, ExecBackend)):
+        mark = zlib.crc32(name.encode()) % _MARKS_MAX
+        while mark in taken and len(taken) < _MARKS_MAX:
+            mark = (mark + 1) % _MARKS_MAX
+        taken.add(mark)
+        found[name] = mark + 1
+    return found
 
 
 def environment(backend: ExecBackend, environ: Mapping[str, str]) -> dict[str, str]:

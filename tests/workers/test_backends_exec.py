@@ -112,6 +112,14 @@ def test_every_exec_backend_has_a_mark_of_its_own() -> None:
     assert set(marks.values()) <= set(range(1, 256))
 
 
+def test_a_mark_stays_the_same_when_backends_come_and_go() -> None:
+    """While a reload lasts, workers of both configurations count by it."""
+    own = ExecSettings(command=("x",))
+    before = programs.marks(Settings(backends={"b": own, "d": own}))
+    after = programs.marks(Settings(backends={"a": own, "b": own, "c": own, "d": own}))
+    assert before.items() <= after.items()
+
+
 def test_anything_is_a_question() -> None:
     backend = ExecBackend("own", ExecSettings(command=("x",)), ENVIRON)
     assert backend.has_question(parse(json.dumps({}).encode(), envelopes=True).data)
