@@ -35,6 +35,7 @@ PATIENCE_SECS: Final = 2.0
 HEAD_MAX_BYTES: Final = 262144
 SYSTEM_SOCKET: Final = "/run/forkd/forkd.sock"
 _STATUS_LINE: Final = re.compile(r"HTTP/\S+ (\d{3})(?: .*)?")
+REPLACED: Final = "\N{REPLACEMENT CHARACTER}"
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _EPILOG: Final = """\
@@ -261,7 +262,7 @@ class _Page:
     def say(self, data: bytes) -> None:
         """Print, now. A terminal gets no control characters from a model."""
         if self._decoder is not None:
-            data = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", self._decoder.decode(data)).encode()
+            data = _CONTROL.sub(REPLACED, self._decoder.decode(data)).encode()
         if data:
             self._at_line_start = data.endswith(b"\n")
             self._out.write(data)
@@ -317,4 +318,4 @@ def _text_of(data: bytes) -> bytes | None:
 
 
 def _complain(text: str) -> None:
-    print(f"forkd send: {text}", file=sys.stderr)
+    print(f"forkd send: {_CONTROL.sub(REPLACED, text)}", file=sys.stderr)

@@ -295,3 +295,9 @@ def test_a_terminal_gets_no_control_characters(tmp_path: Path) -> None:
         os.close(ours)
     assert process.returncode == 0
     assert got.decode() == "Grüße\N{REPLACEMENT CHARACTER}]0;x\N{REPLACEMENT CHARACTER}\r\n"
+
+
+def test_nor_does_what_went_wrong_have_any(tmp_path: Path) -> None:
+    answer = answered(tmp_path, HEAD + b"event: error\ndata: \x1b]0;x\x07\n\n")
+    assert outcome(answer) == (1, "")
+    assert answer.stderr == "forkd send: \N{REPLACEMENT CHARACTER}]0;x\N{REPLACEMENT CHARACTER}\n"
