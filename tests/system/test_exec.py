@@ -455,7 +455,7 @@ def test_without_fds_it_is_said_so(tmp_path: Path) -> None:
         warm(forkd)
         before = forkd.idle_fds()
         used = open_fds(worker)
-        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 12, used + 12))
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 22, used + 22))
         clients = [forkd.hand_over(tcp=True) for _ in range(10)]
         answers = []
         for client in clients:
