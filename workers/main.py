@@ -95,6 +95,7 @@ class Worker:
         self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
         self._title = process.Title()
         self._collector = process.Collector()
+        self._context.handlers.begin()
         self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
         self._draining = False

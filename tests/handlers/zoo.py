@@ -1,6 +1,7 @@
 """Handlers of every kind, good and bad. What happens in them they say in the file that the handoff's data names."""
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -157,6 +158,11 @@ async def silent_async(handoff: Handoff) -> AsyncIterator[str]:
     yield "word"
     for _ in silent(handoff):
         yield "late"
+
+
+def collects(handoff: Handoff) -> Iterator[str]:
+    """Whether Python collects its garbage as it is used to."""
+    yield str(gc.isenabled())
 
 
 def empty(handoff: Handoff) -> Iterator[str]:

@@ -23,7 +23,7 @@ def zoo(name: str, **more: Any) -> dict[str, Any]:
 
 NAMES = (
     *("shows", "shows_async", "counts", "counts_async", "waits", "waits_async", "broken", "broken_async"),
-    *("empty", "leaks", "writes", "lies"),
+    *("empty", "leaks", "writes", "lies", "collects"),
 )
 
 
@@ -107,6 +107,10 @@ def test_nothing_to_say_and_threads_left_behind(forkd: Forkd) -> None:
     with forkd.counting():
         assert (forkd.ask(data("empty")).complete, forkd.ask(data("empty")).text) == (True, "")
         assert forkd.ask(data("leaks")).complete
+
+
+def test_garbage_is_collected_while_others_code_runs(forkd: Forkd) -> None:
+    assert forkd.ask(data("collects")).text == "True"
 
 
 def test_logging_goes_into_the_log(forkd: Forkd) -> None:

@@ -56,8 +56,12 @@ class Handlers:
                 self._runners[backend.name] = threads
         if own:
             sys.setswitchinterval(SWITCH_SECS)
-            gc.enable()  # forkd makes no cycles, and collects at quiet times; nobody knows what others' code does
             _Forwarder(self._mailbox, log).install()
+
+    def begin(self) -> None:
+        """Called when the rest of the worker is made; its `process.Collector` has turned Python's own off."""
+        if self._mailbox is not None:
+            gc.enable()  # forkd makes no cycles, and collects at quiet times; nobody knows what others' code does
 
     def source(self, context: Context, stream: Stream, backend: HandlerBackend, request: Request) -> HandlerSource:
         """What feeds `stream` from the backend's handler."""
