@@ -40,3 +40,11 @@ def test_a_stream_that_is_over_before_its_task_has_begun() -> None:
     host.stop()
     wait_for(lambda: len(letters.said) == 2, "the loop has ended, too")
     assert letters.said == [Ended(), ""]
+
+
+def test_a_loop_that_answers_just_now_was_not_held_up_for_days() -> None:
+    letters = Letters()
+    host = Host(letters)  # type: ignore[arg-type]
+    assert host.blocked(86400.0) == "a callback blocks its asyncio loop for 0 s"
+    host.stop()
+    wait_for(lambda: letters.said, "the loop has ended")

@@ -119,7 +119,8 @@ class Host:
     def blocked(self, now: float) -> str:
         """Who keeps the loop from answering, and for how long."""
         task = asyncio.current_task(self.loop)
-        return f"{task.get_name() if task else 'a callback'} blocks its asyncio loop for {now - self._asked_at:.0f} s"
+        asked_at = self._asked_at or now  # it may have answered since we looked
+        return f"{task.get_name() if task else 'a callback'} blocks its asyncio loop for {now - asked_at:.0f} s"
 
     def stop(self) -> None:
         """End the thread, with nothing on it or not."""
