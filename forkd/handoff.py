@@ -133,12 +133,13 @@ def encode_envelope(envelope: dict[str, Any], data: bytes, *, data_in_memfd: boo
 
 
 def sealed_memfd(data: bytes) -> int:
-    """A memfd that holds `data`, sealed for good. The caller owns it."""
+    """A memfd that holds `data`, sealed for good, to be read from its start. The caller owns it."""
     fd = os.memfd_create("handoff-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)

@@ -487,6 +487,16 @@ def fdrecv(directory: Path, *arguments: str) -> Iterator[Forkd]:
         daemon.stop(signal.SIGQUIT)
 
 
+@pytest.mark.parametrize("command", [("php", "handler.php"), ("python3", "handler.py")])
+def test_the_examples_read_data_that_is_too_large_for_a_variable(tmp_path: Path, command: tuple[str, ...]) -> None:
+    handlers(tmp_path)
+    with fdrecv(tmp_path, "forkd.sock", *command) as daemon:
+        wait_for(lambda: " ready (pid" in daemon.output(), "it is ready")
+        answer = daemon.ask(b'{"prompt":"first last","more":"%s"}' % (b"x" * 200_000), tcp=True)
+        assert "first" in answer.body.decode()
+        assert "last" in answer.body.decode()
+
+
 @pytest.mark.parametrize("command", [("./handler.sh",), ("php", "handler.php"), ("python3", "handler.py")])
 def test_fdrecv_is_a_drop_in(tmp_path: Path, command: tuple[str, ...]) -> None:
     handlers(tmp_path)
