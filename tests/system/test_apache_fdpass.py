@@ -31,9 +31,7 @@ ProxyPass "/nobody" "{up}{prefix}/nobody.sock"
     SetEnv no-gzip 1
 </LocationMatch>
 <Location "/chat">
-    <LimitExcept GET POST>
-        Require all denied
-    </LimitExcept>
+    Require expr "%{{REQUEST_METHOD}} in {{ 'GET', 'POST' }}"
 </Location>
 """
 
@@ -103,3 +101,4 @@ def test_what_apache_answers_itself(site: tuple[Apache, Forkd]) -> None:
     assert requests.get(apache.url + "/nobody", timeout=30).status_code == 500
     assert requests.get(apache.url + "/chat/below", timeout=30).status_code == 500
     assert requests.put(apache.url + "/chat", timeout=30).status_code == 403
+    assert requests.head(apache.url + "/chat", timeout=30).status_code == 403
