@@ -17,6 +17,18 @@ MAX_PROCESSES: Final = 1000
 WEB_SERVERS_GROUPS: Final = ("www-data", "apache", "http")
 """Of Debian, Red Hat, Arch."""
 _NAME: Final = "fdrecv"
+_ARGUMENTS: Final = {
+    "server.socket_path": "SOCKET",
+    "server.socket_mode": "--mode",
+    "server.socket_group": "--group",
+    "server.user": "--user",
+    "workers.count": "--workers",
+    f"backends.{_NAME}.command": "COMMAND",
+    f"backends.{_NAME}.max_processes": "--max-processes",
+    f"backends.{_NAME}.timeout_secs": "--timeout",
+    f"backends.{_NAME}.pass_environment": "--pass",
+}
+"""What the user calls the settings that come from the command line."""
 
 _EPILOG: Final = """\
 COMMAND is started for each client, with the client's socket as its stdin and stdout and the data in HANDOFF_DATA. It
@@ -61,8 +73,11 @@ class Options:
             self._overrides |= _for_the_web_server()
 
     def load(self) -> config.Loaded:
-        """The settings. Raises ConfigError."""
-        return config.load(None, {}, self._overrides)
+        """The settings. Raises ConfigError, with faults that name the arguments."""
+        try:
+            return config.load(None, {}, self._overrides)
+        except config.ConfigError as error:
+            raise config.ConfigError([_in_its_words(fault) for fault in error.faults]) from None
 
     def check(self, environ: Mapping[str, str]) -> None:
         """Raise CommandFault if there is no such program: better now than at the first client."""
@@ -71,6 +86,17 @@ class Options:
         fault = programs.fault(backend, environ)
         if fault:
             raise CommandFault(fault)
+
+
+def _in_its_words(fault: str) -> str:
+    """A fault of a setting, told of the argument that it came by.
+
+    >>> _in_its_words('server.socket_mode (command line): expected a file mode, got "rw"')
+    '--mode: expected a file mode, got "rw"'
+    """
+    setting, colon, why = fault.partition(": ")
+    argument = _ARGUMENTS.get(setting.removesuffix(" (command line)").partition("[")[0])
+    return fault if argument is None else f"{argument}{colon}{why}"
 
 
 def _for_the_web_server() -> dict[str, object]:

@@ -515,10 +515,12 @@ def test_fdrecv_is_a_drop_in(tmp_path: Path, command: tuple[str, ...]) -> None:
         (("s", "./nowhere.sh"), "forkd fdrecv: ./nowhere.sh: there is no such program"),
         (("s", "no-such-program"), "no-such-program: there is no such program in PATH"),
         (("s", "./plain"), "plain: is not executable (chmod +x)"),
-        (("s",), "backends.fdrecv.command (command line): expected a program and its arguments, got nothing"),
+        (("s",), "  COMMAND: expected a program and its arguments, got nothing"),
         ((), "SOCKET"),
-        (("--mode", "rw", "s", "true"), "server.socket_mode (command line): expected a file mode"),
-        (("--max-processes", "many", "s", "true"), "max_processes (command line): expected a whole number"),
+        (("--mode", "rw", "s", "true"), "  --mode: expected a file mode"),
+        (("--max-processes", "many", "s", "true"), "  --max-processes: expected a whole number"),
+        (("--user", "nobody-here", "s", "true"), '  --user: there is no user "nobody-here"'),
+        (("--pass", "A=B", "s", "true"), "  --pass: "),
     ],
 )
 def test_fdrecv_says_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
