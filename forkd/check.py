@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="the configuration, YAML; without it: defaults")
-    parser.add_argument("positional", nargs="?", metavar="FILE", help="the same, by position")
+    parser.add_argument("positional", nargs="?", metavar="FILE", help="the configuration, given without -c")
     parser.add_argument("--no-probe", action="store_true", help="ask no backend")
     return parser
 
@@ -111,13 +111,23 @@ def _run(path: str | None, console: Console, *, asks: bool) -> int:
     except config.ConfigError as error:
         for fault in error.faults:
             _say(console, Finding(Level.FAULT, "configuration", fault))
+        console.print(_verdict(len(error.faults), 0))
         return WRONG
     levels = [_say(console, finding) for finding in _findings(path, settings, warnings, asks=asks)]
     faults, cautions = levels.count(Level.FAULT), levels.count(Level.WARNING)
-    counts = [f"{count} {name}{'s' if count > 1 else ''}" for count, name in ((faults, "fault"), (cautions, "warning"))]
-    told = ", ".join(count for count in counts if not count.startswith("0"))
-    console.print(f"{told or 'all is well'}.".capitalize())
+    console.print(_verdict(faults, cautions))
     return FAULTY if faults else GOOD
+
+
+def _verdict(faults: int, warnings: int) -> str:
+    """The last line.
+
+    >>> _verdict(0, 0), _verdict(1, 2)
+    ('All is well.', '1 fault, 2 warnings.')
+    """
+    counts = ((faults, "fault"), (warnings, "warning"))
+    told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for count, name in counts if count)
+    return f"{told or 'All is well'}."
 
 
 def _say(console: Console, finding: Finding) -> Level:

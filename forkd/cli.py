@@ -5,8 +5,10 @@ configuration is wrong.
 """
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -55,6 +57,7 @@ SUBCOMMANDS: Final = ("demo", "check", "status", "send")
 """Modules of forkd, whose `main` takes what follows and returns the exit status."""
 FDRECV: Final = "fdrecv"
 """One that is the daemon, with settings from its command line."""
+_MEANT_AS_SUBCOMMAND: Final = re.compile(r"[a-z]+").fullmatch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
         return 2
     path = options.config or options.positional
+    if options.positional and not os.path.lexists(path) and _MEANT_AS_SUBCOMMAND(path):
+        near = difflib.get_close_matches(path, (*SUBCOMMANDS, FDRECV), 1)
+        hint = f"; did you mean forkd {near[0]}?" if near else "; forkd -h tells what there is"
+        print(f"forkd: {path} is neither a subcommand nor a file{hint}", file=sys.stderr)
+        return 2
     overrides: dict[str, object] = {
         "server.socket_path": options.socket,
         "default_backend": options.backend,
@@ -126,6 +134,9 @@ def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *,
         master = Master(settings, logs, run_worker, name, load, heritage, benchmark=benchmark)
     except (ListenError, OSError) as error:
         print(f"forkd: {error}", file=sys.stderr)
+        if own.file is not None:  # where whoever asked for an upgrade looks
+            logs.logger.error("cannot start: %s", error)
+            logs.sink.flush()
         return 1
     status = master.run()
     if status and own.file is not None:
@@ -138,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="forkd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="the configuration, YAML; without it: defaults")
-    parser.add_argument("positional", nargs="?", metavar="FILE", help="the same, by position")
+    parser.add_argument("positional", nargs="?", metavar="FILE", help="the configuration, given without -c")
     parser.add_argument("-s", "--socket", metavar="PATH", help="the Unix socket to listen on (server.socket_path)")
     parser.add_argument("-b", "--backend", metavar="NAME", help="the backend to answer with (default_backend)")
     parser.add_argument("-w", "--workers", metavar="N", help="how many workers, or auto (workers.count)")

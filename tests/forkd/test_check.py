@@ -113,6 +113,7 @@ def test_a_wrong_configuration_is_told_completely(run: Checker) -> None:
     said = run(workers={"count": "many"}, logging={"levell": "info"})
     assert said.status == 2
     assert said.out.count("fault   configuration ") == 2
+    assert said.verdict == "2 faults."
     assert "workers.count" in said.out
     assert "logging.level" in said.out
 

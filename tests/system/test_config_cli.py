@@ -113,6 +113,8 @@ def test_a_wrong_command_line(tmp_path: Path) -> None:
     check_refused(run("-b", "nonesuch"), 2, "default_backend (command line)", "mock")
     check_refused(run("-s", "/tmp/" + "x" * 108), 2, "server.socket_path (command line)", "107")
     check_refused(run("-c", str(tmp_path / "nonesuch.yaml")), 2, "nonesuch.yaml")
+    check_refused(run("stauts"), 2, "stauts is neither a subcommand nor a file; did you mean forkd status?")
+    check_refused(run("reload"), 2, "reload is neither a subcommand nor a file; forkd -h tells what there is")
 
 
 def test_a_wrong_file_has_every_fault_named(tmp_path: Path) -> None:
@@ -138,6 +140,14 @@ def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
     file = tmp_path / "forkd.yaml"
     file.write_text(f"logging: {{file: {tmp_path}}}\nserver: {{socket_path: {tmp_path}/s}}\n")
     check_refused(run("-c", str(file)), 1, "cannot open the log", str(tmp_path))
+
+
+def test_a_log_file_says_too_why_forkd_did_not_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = tmp_path / "forkd.yaml"
+    config.write_text(f"logging: {{file: {tmp_path}/log}}\nmetrics: {{enabled: false}}\n")
+    check_refused(run("-c", str(config), "-s", str(tmp_path / "file")), 1, "exists and is no socket")
+    assert f"cannot start: {tmp_path}/file exists and is no socket" in (tmp_path / "log").read_text()
 
 
 def test_a_path_where_no_socket_can_be(tmp_path: Path) -> None:
