@@ -23,6 +23,8 @@ import yaml
 MAX_BYTES: Final = 1 << 20
 MAX_VALUES: Final = 5_000
 MAX_DEPTH: Final = 16
+_TAB: Final = "found character '\\t' that cannot start any token"
+"""What PyYAML says of a line that begins with one."""
 
 
 class Unreadable(Exception):
@@ -72,7 +74,8 @@ def _explain(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        return where + " ".join((error.problem or error.context or "is not YAML").split())
+        problem = " ".join((error.problem or error.context or "is not YAML").split())
+        return where + ("a tab, where YAML takes spaces only" if problem == _TAB else problem)
     return "is not text: it holds control characters"
 
 

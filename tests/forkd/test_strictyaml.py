@@ -47,7 +47,7 @@ def test_good(tmp_path: Path, content: str | bytes, data: object) -> None:
         (b"\x7fELF\x02\x01\x01\x00", "is not text: it holds control characters"),
         ("a: b: c", "line 1, column 5: mapping values are not allowed here"),
         ("a: 'open", "line 1, column 9: found unexpected end of stream"),
-        ("a: 1\n\tb: 2", "line 2, column 1: found character '\\t' that cannot start any token"),
+        ("a: 1\n\tb: 2", "line 2, column 1: a tab, where YAML takes spaces only"),
         ("--- a\n--- b\n", "line 2, column 1: but found another document"),
         ("a: &x 1\nb: *x\n", "line 2: aliases (*name) are not accepted"),
         ("? [a, b]\n: c", "line 1, column 3: found unhashable key"),
