@@ -7,8 +7,11 @@ a program that speaks no HTTP.
 
 import argparse
 import codecs
+import contextlib
+import grp
 import http.client
 import os
+import pwd
 import re
 import secrets
 import signal
@@ -154,6 +157,8 @@ def _why(path: str, error: OSError, *, named: bool) -> str:
         return f"{path}: the daemon closed the connection; it is shutting down, or refuses senders such as you"
     if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
         return f"{path}: {error.strerror or error}"
+    if not _may_be_socket(path):
+        return f"{path}: this is no socket"
     what = "there is no such socket" if isinstance(error, FileNotFoundError) else "whoever listened there is gone"
     hint = "Is forkd running? 'forkd' starts it; -s names another socket, -c the daemon's configuration"
     if not named and path != SYSTEM_SOCKET and lookout.listens(SYSTEM_SOCKET):
@@ -167,7 +172,19 @@ def _owner(path: str) -> str:
         found = os.stat(path)
     except OSError:
         return ""
-    return f" (mode {stat.S_IMODE(found.st_mode):04o}, user {found.st_uid}, group {found.st_gid}); see socket_group"
+    user, group = str(found.st_uid), str(found.st_gid)
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(found.st_uid).pw_name
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(found.st_gid).gr_name
+    return f" (mode {stat.S_IMODE(found.st_mode):04o}, user {user}, group {group}); see socket_group"
+
+
+def _may_be_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _print_bytes(sock: socket.socket) -> None:

@@ -156,6 +156,9 @@ def test_nobody_there(forkd: Forkd, tmp_path: Path) -> None:
     done = send("-s", str(path), HELLO)
     assert done.returncode == 3
     assert "whoever listened there is gone" in done.stderr
+    (tmp_path / "file").touch()
+    done = send("-s", str(tmp_path / "file"), HELLO)
+    assert (done.returncode, done.stderr) == (3, f"forkd send: {tmp_path}/file: this is no socket\n")
     for odd in ("/" + "x" * 200, str(tmp_path)):
         done = send("-s", odd, HELLO)
         assert done.returncode == 3
@@ -190,7 +193,7 @@ def test_a_socket_that_is_not_ones_own(open_directory: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS, check=False)
     assert done.returncode == 3
-    assert "you may not write to this socket (mode 0660, user 0, group 0)" in done.stderr
+    assert "you may not write to this socket (mode 0660, user root, group root)" in done.stderr
 
 
 @pytest.mark.parametrize(
