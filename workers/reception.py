@@ -85,6 +85,8 @@ class Reception:
             code = self._judge(stream, request, backend)
         elif not code:
             code = "unknown_backend"
+            name = self._backend_name(request, head.listener)
+            context.log.warning("stream %s: there is no backend named %.100r", stream.request_id, name)
         if code or backend is None:
             context.metrics.handoff_failed(code)
             stream.fail(code)
@@ -169,9 +171,11 @@ class Reception:
         self._context.finished.append((head.slot, head.attempt))
 
     def _backend(self, request: Request, listener: int) -> Backend | None:
-        settings = self._context.settings
-        name = request.data.backend or self._listeners[listener].backend or settings.default_backend
-        return self._context.backends.get(name)
+        return self._context.backends.get(self._backend_name(request, listener))
+
+    def _backend_name(self, request: Request, listener: int) -> str:
+        default = self._context.settings.default_backend
+        return request.data.backend or self._listeners[listener].backend or default
 
     def _judge(self, stream: Stream, request: Request, backend: Backend) -> str:
         """The code to refuse the handoff with, or "" with a warning logged where defaults will do."""

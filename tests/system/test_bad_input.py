@@ -416,6 +416,7 @@ def test_an_unknown_backend_in_the_data(forkd: Forkd) -> None:
         answer = hand_over(forkd.path, data)
         check_refusal(answer, 400, "unknown_backend")
         assert answer.header("access-control-allow-origin") == "*"
+    assert f"stream {answer.header('x-request-id')}: there is no backend named 'nonesuch'" in forkd.log()
 
 
 # The envelope.
