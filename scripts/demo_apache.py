@@ -18,7 +18,11 @@ PAGE = Path(__file__).parents[1] / "apache" / "htdocs"
 
 def main() -> int:
     """Run until interrupted; returns the exit status."""
-    port = int(os.environ.get("PORT", "8081"))
+    written = os.environ.get("PORT") or "8081"
+    if not written.isascii() or not written.isdecimal() or not 0 < int(written) < 65536:
+        print(f"PORT={written}: expected a number from 1 to 65535", file=sys.stderr)
+        return 2
+    port = int(written)
     mpm = os.environ.get("MPM", "prefork")
     if mpm not in ("prefork", "event", "worker"):
         print(f"MPM={mpm}: expected prefork, event or worker", file=sys.stderr)
@@ -30,7 +34,10 @@ def main() -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            print(f"cannot serve on port {port}: {error.strerror}; choose another: make demo-apache PORT=8091")
+            print(
+                f"cannot serve on port {port}: {error.strerror}; choose another: make demo-apache PORT=8091",
+                file=sys.stderr,
+            )
             return 1
     with public_dir() as site, public_dir(0o777) as run:
         docroot = site / "htdocs"
