@@ -139,6 +139,8 @@ class Collector:
     def _is_whole(self, file: str) -> bool:
         try:
             MultiProcessCollector.merge([file])  # type: ignore[no-untyped-call]
+        except FileNotFoundError:  # the gauges of a master that is gone
+            return False
         except Exception as error:
             self._skipped += 1
             if file not in self._named:

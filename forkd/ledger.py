@@ -18,6 +18,10 @@ from forkd.peer import Peer
 PAYLOADS_MAX_BYTES: Final = 256 << 20
 ATTEMPTS_MAX: Final = 2
 """A handoff that was being handled when its worker died gets one more chance."""
+TELLINGS_MAX: Final = 5
+"""So many workers may die while they tell a client that its stream is over. What tells it is our own code, so that their
+deaths are most likely not its doing, and a client that is told nothing is what must not be.
+"""
 
 
 class Verdict(NamedTuple):
@@ -173,7 +177,7 @@ class Ledger:
         untold = state == State.GIVEN and entry.verdict is None and entry.killed < ATTEMPTS_MAX
         if self._board.kinds[entry.slot] != Kind.PLAIN and not (untold and entry.payload is not None):
             return "closed"  # it could only be told something, and nothing can be
-        if entry.killed >= ATTEMPTS_MAX:
+        if entry.killed >= (ATTEMPTS_MAX if entry.verdict is None else TELLINGS_MAX):
             if entry.verdict is not None:  # even the telling kills
                 return "closed"
             entry.verdict = Verdict(state, "poison" if state == State.GIVEN else "worker_lost")

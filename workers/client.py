@@ -134,6 +134,8 @@ class Client:
     def flush(self) -> None:
         """Send what is queued, now."""
         if self._queued is not None:
+            context = self._context
+            context.words[context.current] = self.slot + 1
             self.write(b"")
             if self.held is not None:
                 self._owner.client_slow()

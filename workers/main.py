@@ -169,6 +169,7 @@ class Worker:
                 self._reception.assign(head, body, message.fds)
             else:
                 self._reception.end(head, body, message.fds)
+            self._context.words[self._context.current] = 0
         elif head.kind == Down.DRAIN:
             self._drain()
         elif head.kind == Down.STOP:
