@@ -308,6 +308,7 @@ def test_a_bug_costs_one_request(door: FrontDoor, monkeypatch: pytest.MonkeyPatc
         patch.setattr(front_door, "_visitor", broken)
         assert refused(ask(door, get("/stream.php?prompt=Hi"))) == (500, "internal_error")
     assert ask(door, get("/")).status == 200
+    wait_for(lambda: crashes, "the thread has ended")
     assert [crash.exc_type for crash in crashes] == [ZeroDivisionError]
 
 

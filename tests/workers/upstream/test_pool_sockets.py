@@ -139,9 +139,9 @@ def test_a_failed_dial_fails_those_who_waited_longest(make: Callable[..., World]
     with FakeApi() as api:
         world = make(api, http2=H2)
         world.pool._room_each = 2
-        api.on_accept = ["reset", "serve"]
+        api.on_accept = ["reset", "silent"]  # or the other one could serve all of them first
         listeners = [world.ask()[1] for _ in range(3)]
-        world.until(lambda: all(listener.over for listener in listeners))
+        world.until(lambda: any(listener.over for listener in listeners))
         assert [listener.failure is not None for listener in listeners] == [True, True, False]
 
 
