@@ -1,6 +1,7 @@
 """The metrics process's parts: the port, the files, the pages."""
 
 import errno
+import glob
 import json
 import logging
 import re
@@ -141,6 +142,15 @@ class TestCollector:
             assert found["daemon_chunks_sent_total",] == 18
             assert found["daemon_stream_duration_seconds_count",] == 1
             assert found["forkd_metrics_files_skipped_total",] == scrape
+
+    def test_a_file_that_is_removed_meanwhile_is_not_one_that_is_damaged(
+        self, directory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As the gauges of an old master are."""
+        Metrics(directory, "master")
+        files = [*glob.glob(f"{directory}/*.db"), f"{directory}/gauge_sum_gone.db"]
+        monkeypatch.setattr("forkd.exposition.glob.glob", lambda _: files)
+        assert read(over(directory))["forkd_metrics_files_skipped_total",] == 0
 
     def test_reads_gauges_off_the_board(self, directory: str) -> None:
         board = Board(1)
