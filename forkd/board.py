@@ -27,21 +27,27 @@ worker stores it before it counts how many there are, so that of two workers tha
 
 Layout, each part with one writer: WORKERS_MAX rows of 128 bytes by the workers (cache lines of their own, so that
 workers do not slow each other; what changes all the time is in the first), as many by the master about them, one by the
-master about itself, then a byte of state, one of client kind and one for programs per slot, and NOTE_BYTES of text per
-worker.
+master about itself, POOLS_MAX shorter ones by it about the pools, then a byte of state, one of client kind and one for
+programs per slot, NOTE_BYTES of text per worker, and by the master POOL_NAME_BYTES per pool and per worker.
 """
 
 import mmap
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from forkd.settings import COMMON, POOLS_MAX
+
 WORKERS_MAX: Final = 4096
 """Rows for three generations of the most workers that may be configured; a page nobody writes to costs nothing."""
 _ROW_WORDS: Final = 16
-_ROW_BYTES: Final = _ROW_WORDS * 8
+_WORD_BYTES: Final = 8
 _FIGURES: Final = 8
 """Where a worker's figures begin in its row: the second cache line."""
 NOTE_BYTES: Final = 256
+_POOL_WORDS: Final = 4
+_POOLS_AT: Final = (2 * WORKERS_MAX + 1) * _ROW_WORDS
+POOL_NAME_BYTES: Final = 33
+"""A name as `forkd.convert` accepts it, and a NUL."""
 _STAGES: Final = ("starting", "running", "draining", "stopping")
 _LIVES: Final = ("", "starting", "ready", "draining", "dead", "standby")
 
@@ -88,15 +94,19 @@ class Board:
     """The mapping and its views. `states`, `kinds` and `programs` are indexed by slot."""
 
     def __init__(self, slots: int) -> None:
-        rows = (2 * WORKERS_MAX + 1) * _ROW_BYTES
+        rows = (_POOLS_AT + POOLS_MAX * _POOL_WORDS) * _WORD_BYTES
+        notes = rows + 3 * slots
+        names = notes + WORKERS_MAX * NOTE_BYTES
         self.slots = slots
-        self.memory = mmap.mmap(-1, rows + 3 * slots + WORKERS_MAX * NOTE_BYTES)
+        self.memory = mmap.mmap(-1, names + (POOLS_MAX + WORKERS_MAX) * POOL_NAME_BYTES)
         whole = memoryview(self.memory)
         self.words = whole[:rows].cast("Q")
         self.states = whole[rows : rows + slots]
         self.kinds = whole[rows + slots : rows + 2 * slots]
         self.programs = whole[rows + 2 * slots : rows + 3 * slots]
-        self.notes = whole[rows + 3 * slots :]
+        self.notes = whole[notes:names]
+        self.pool_names = whole[names:]
+        """Of the pools, and then of each worker's."""
 
     def row(self, index: int) -> "Row":
         """The row of the worker with this index."""
@@ -109,6 +119,10 @@ class Board:
     def master_row(self) -> "MasterRow":
         """The master's row about itself."""
         return MasterRow(self)
+
+    def pool_row(self, number: int) -> "PoolRow":
+        """The master's row about a pool; below `MasterRow.pools`."""
+        return PoolRow(self, number)
 
 
 class Row:
@@ -198,17 +212,19 @@ class PeerRow:
     """What the master says of one worker. The master writes; `restarts` outlives the workers of this index.
 
     life: what `forkd.peer.Life` calls it, or "" when there is none. streams: how many it was given and are not done.
-    late: its heartbeat is missing, so it gets no handoffs just now.
+    late: its heartbeat is missing, so it gets no handoffs just now. pool: the name of the one that it serves.
     """
 
-    __slots__ = ("_at", "_words")
+    __slots__ = ("_at", "_name", "_words")
 
     def __init__(self, board: Board, index: int) -> None:
         self._words = board.words
         self._at = (WORKERS_MAX + index) * _ROW_WORDS
+        self._name = _name_cell(board, POOLS_MAX + index)
 
-    def store_born(self, pid: int, generation: int) -> None:
+    def store_born(self, pid: int, generation: int, pool: str = COMMON) -> None:
         """A new worker has this index. Its life comes last, so that whoever sees one sees whose it is."""
+        _store_name(self._name, pool)
         self._words[self._at + 1] = pid
         self._words[self._at + 2] = generation
         self.store("starting", 0, late=False)
@@ -247,13 +263,66 @@ class PeerRow:
     def restarts(self) -> int:
         return self._words[self._at + 5]
 
+    @property
+    def pool(self) -> str:
+        return _name_in(self._name)
+
+
+class PoolRow:
+    """What the master says of one pool of the current generation, as often as of itself.
+
+    ready: its workers that take handoffs, of `wanted` ones. queued: clients that wait for one of them. While a reload
+    changes the pools, who reads may find parts of two.
+    """
+
+    __slots__ = ("_at", "_name", "_words")
+
+    def __init__(self, board: Board, number: int) -> None:
+        self._words = board.words
+        self._at = _POOLS_AT + number * _POOL_WORDS
+        self._name = _name_cell(board, number)
+
+    def store(self, name: str, *, ready: int, wanted: int, queued: int) -> None:
+        _store_name(self._name, name)
+        for word, value in enumerate((ready, wanted, queued), self._at):
+            self._words[word] = value
+
+    @property
+    def name(self) -> str:
+        return _name_in(self._name)
+
+    @property
+    def ready(self) -> int:
+        return self._words[self._at]
+
+    @property
+    def wanted(self) -> int:
+        return self._words[self._at + 1]
+
+    @property
+    def queued(self) -> int:
+        return self._words[self._at + 2]
+
+
+def _name_cell(board: Board, number: int) -> memoryview:
+    return board.pool_names[number * POOL_NAME_BYTES : (number + 1) * POOL_NAME_BYTES]
+
+
+def _store_name(cell: memoryview, name: str) -> None:
+    data = name.encode()[: POOL_NAME_BYTES - 1] + b"\0"
+    cell[: len(data)] = data
+
+
+def _name_in(cell: memoryview) -> str:
+    return bytes(cell).partition(b"\0")[0].decode()
+
 
 class MasterRow:
     """What the master says of itself, several times a second.
 
     beat_ms: monotonic time. stage: "starting" until the first beat, then what `forkd.master.Stage` calls it. ready:
     workers that take handoffs, of `wanted` ones (0: not told). streams, of which `queued` wait for a worker; at most
-    `capacity`. room: how many more handoffs would be taken this instant.
+    `capacity`. room: how many more handoffs would be taken this instant. pools: how many there are.
     """
 
     __slots__ = ("_at", "_words")
@@ -275,8 +344,10 @@ class MasterRow:
         capacity: int,
         room: int,
         wanted: int = 0,
+        pools: int = 0,
     ) -> None:
-        values = (beat_ms, _STAGES.index(stage), generation, ready, streams, queued, peak, capacity, room, wanted)
+        stage_number = _STAGES.index(stage)
+        values = (beat_ms, stage_number, generation, ready, streams, queued, peak, capacity, room, wanted, pools)
         for word, value in enumerate(values, self._at):
             self._words[word] = value
 
@@ -319,3 +390,7 @@ class MasterRow:
     @property
     def wanted(self) -> int:
         return self._words[self._at + 9]
+
+    @property
+    def pools(self) -> int:
+        return self._words[self._at + 10]

@@ -6,7 +6,7 @@ from typing import Final
 
 from forkd.board import Board
 from forkd.logs import Logs
-from forkd.settings import Settings
+from forkd.settings import COMMON, Settings
 
 UNFIT: Final = 3
 """The exit status of a worker that is `Unfit`."""
@@ -39,3 +39,4 @@ class Boot:
     metrics_dir: str | None
     side: str = ""
     """Which of two masters that count in one directory this one's is (see `forkd.upgrade`)."""
+    pool: str = COMMON

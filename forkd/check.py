@@ -28,6 +28,7 @@ from forkd.finding import Finding, Level
 from forkd.master import FDS_BASE, FDS_PER_WORKER
 from forkd.probe import ANSWER_SECS, probe
 from forkd.settings import (
+    COMMON,
     ExecBackend,
     HttpBackend,
     ListenerSettings,
@@ -36,7 +37,7 @@ from forkd.settings import (
     Settings,
     default_backends,
     parse_address,
-    worker_count,
+    worker_counts,
 )
 from forkd.status import Place, Unreachable
 from forkd.target import BadTarget
@@ -152,9 +153,13 @@ def _findings(path: str | None, settings: Settings, warnings: list[str], *, asks
 
 def _measures(settings: Settings) -> Iterator[Finding]:
     """What the machine made of the configuration."""
-    server, count = settings.server, worker_count(settings)
+    server, counts = settings.server, worker_counts(settings)
+    count = sum(counts.values())
     auto = " (auto: one for each CPU there is for us)" if settings.workers.count == "auto" else ""
-    yield Finding(Level.OK, "workers", f"{count}{auto}")
+    yield Finding(Level.OK, "workers", f"{counts.pop(COMMON)}{auto}")
+    for pool, own in counts.items():
+        paths = ", ".join(listener.path for listener in settings.listeners if listener.pool == pool)
+        yield Finding(Level.OK, f"pool {pool}", f"{own} worker{'s' if own > 1 else ''} of its own, for {paths}")
     if os.geteuid() == 0 and server.user is None:
         yield Finding(Level.WARNING, "user", "workers would run as root: name a user in server.user")
     limit, capacity = _room(server, count)

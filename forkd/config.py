@@ -22,9 +22,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from forkd import programs, strictyaml, target
-from forkd.convert import Walk, kind_of, shown
+from forkd.convert import Walk, join, kind_of, shown
 from forkd.handoff_data import HandoffData
 from forkd.settings import (
+    COMMON,
+    POOLS_MAX,
+    WORKERS_WANTED_MAX,
     AnthropicBackend,
     Backend,
     ExecBackend,
@@ -36,12 +39,13 @@ from forkd.settings import (
     Settings,
     default_socket_path,
     parse_address,
+    worker_counts,
 )
 
 # What this version can do of what can be configured. A new feature is let in here, and nowhere else.
 AVAILABLE_PROVIDERS: Final = frozenset({"mock", "typing", "openai", "anthropic", "langgraph", "python", "exec"})
 AVAILABLE_PROTOCOLS: Final = frozenset({"handoff", "fdpass"})
-UNAVAILABLE_LISTENER_KEYS: Final = ("tls", "pool")
+UNAVAILABLE_LISTENER_KEYS: Final = ("tls",)
 # The reference's variables and those that are like them, and what each sets.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "DAEMON_SOCKET_PATH": "server.socket_path",
@@ -169,6 +173,7 @@ def _check(settings: Settings, walk: Walk) -> None:
         _check_principals(f"server.{key}", getattr(server, key), walk)
     for index, listener in enumerate(settings.listeners):
         _check_listener(f"listeners[{index}]", listener, settings, paths, walk)
+    _check_pools(settings, walk)
     for name, backend in settings.backends.items():
         if isinstance(backend, HttpBackend):
             _check_http(f"backends.{name}", backend, walk)
@@ -198,8 +203,30 @@ def _check_listener(
         walk.fault(f"{key}.data", "only a listener with protocol fdpass has data of its own")
     if listener.backend is not None:
         _check_backend(settings, f"{key}.backend", listener.backend, walk)
+    if listener.pool is not None and listener.pool not in settings.pools:
+        meant = _pool_meant(settings, listener.pool)
+        hint = f"did you mean {meant}?" if meant else "write it under pools"
+        walk.fault(f"{key}.pool", f"there is no pool {shown(listener.pool)}; {hint}")
     if listener.bare:
         _check_bare(key, listener, settings, walk)
+
+
+def _pool_meant(settings: Settings, name: str) -> str:
+    """The pool that is called like this, or nearly so, if there is one."""
+    return "".join(difflib.get_close_matches(name, settings.pools, n=1))
+
+
+def _check_pools(settings: Settings, walk: Walk) -> None:
+    named = {_pool_meant(settings, listener.pool) for listener in settings.listeners if listener.pool is not None}
+    for name in settings.pools:
+        if name == COMMON:
+            walk.fault(f"pools.{name}", "this is what the workers of workers.count are called; choose another name")
+        elif name not in named:
+            walk.fault(join("pools", name), "no listener names it, so its workers would have nothing to do")
+    if len(settings.pools) > POOLS_MAX:
+        walk.fault("pools", f"there may be {POOLS_MAX} of them, these are {len(settings.pools)}")
+    if settings.pools and (total := sum(worker_counts(settings).values())) > WORKERS_WANTED_MAX:
+        walk.fault("pools", f"there may be {WORKERS_WANTED_MAX} workers, these and workers.count are {total:,}")
 
 
 def _check_bare(key: str, listener: ListenerSettings, settings: Settings, walk: Walk) -> None:

@@ -18,7 +18,16 @@ from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 import msgspec
 from msgspec import NODEFAULT, Struct, inspect
 
-from forkd.settings import PROVIDERS, Backend, FileMode, ListenerSettings, Secret, Settings, default_backends
+from forkd.settings import (
+    PROVIDERS,
+    Backend,
+    FileMode,
+    ListenerSettings,
+    PoolSettings,
+    Secret,
+    Settings,
+    default_backends,
+)
 
 # The reference's keys that have another name here, and those that have none.
 REFERENCE_KEYS: Final[Mapping[str, str | None]] = {
@@ -115,6 +124,8 @@ class Walk:
         """One field, whatever it is; NODEFAULT if it is faulty."""
         if key == "backends":
             return self.backends(raw)
+        if key == "pools":
+            return self.pools(raw)
         plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         if isinstance(plain, type) and issubclass(plain, Struct):
             return self.struct(plain, raw, key)
@@ -150,6 +161,16 @@ class Walk:
                 what = f"{expected}; got {shown(provider)}" if "provider" in data else f"is missing; {expected}"
                 self.fault(f"{key}.provider", what)
         return backends
+
+    def pools(self, raw: object) -> dict[str, PoolSettings]:
+        """The pools that are written."""
+        pools: dict[str, PoolSettings] = {}
+        for name, data in self.mapping(raw, "pools").items():
+            key = join("pools", name)
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", name):
+                self.fault(key, "a pool's name is made of up to 32 letters, digits, dots, hyphens and underscores")
+            pools[name] = self.struct(PoolSettings, data, key)
+        return pools
 
     def leaf(self, annotation: Any, raw: object, key: str) -> Any:
         """A value, converted by msgspec as its type says; NODEFAULT if that refuses it."""
@@ -212,6 +233,7 @@ def known_keys() -> Mapping[str, msgspec.structs.FieldInfo]:
 def _keys_of(kind: type[Struct], key: str) -> Iterator[tuple[str, msgspec.structs.FieldInfo]]:
     sections: dict[str, Mapping[str, type[Struct]]] = {
         "listeners": {"listeners[]": ListenerSettings},
+        "pools": {"pools.NAME": PoolSettings},
         "backends": {f"backends.{name}": backend for name, backend in PROVIDERS.items()},
     }
     for field in msgspec.structs.fields(kind):

@@ -1,11 +1,15 @@
 """Which worker gets this handoff; the queue; when to refuse.
 
-A handoff goes to the ready worker with the fewest active streams (ties rotate; of those that arrive in the same turn
-two may go to the same worker, because to wake one worker is cheaper than two), past those whose channel is full and
-those whose heartbeat is late. When none can take it, it waits in one queue, in order; what finds the queue full,
-waits too long in it, or comes when every slot is taken, gets a 503. That 503 is the one thing the master writes to a
-client, by one send that cannot block, and only to a client to whom nothing has been said. A client whose body is bare
-(`forkd.board.Kind`) has its head from Apache: all that can still be said to it is a reset.
+A handoff goes to the ready worker of its listener's pool with the fewest active streams (ties rotate; of those that
+arrive in the same turn two of the common pool may go to the same worker, because to wake one worker is cheaper than
+two), past those whose channel is full and those whose heartbeat is late. When none can take it, it waits in that pool's
+queue, in order; what finds the queue full, waits too long in it, or comes when every slot is taken, gets a 503. That
+503 is the one thing the master writes to a client, by one send that cannot block, and only to a client to whom nothing
+has been said. A client whose body is bare (`forkd.board.Kind`) has its head from Apache: all that can still be said to
+it is a reset.
+
+Which pool serves a handoff is asked anew each time it is given: what waits, or is left behind by a dead worker, goes to
+the pool that its listener has then, so a reload that changes the pools leaves nobody waiting for one that is gone.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import Logger
 from typing import Final
 
@@ -24,7 +28,7 @@ from forkd.ledger import InFlight, Ledger, Verdict
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
 from forkd.reasons import REASONS
-from forkd.settings import Server
+from forkd.settings import COMMON, Server
 
 DISCARD_BYTES: Final = 65536
 _BODY: Final = b'{"error":"%b","code":"%b","request_id":""}'
@@ -54,29 +58,49 @@ class Dispatcher:
         log: Logger,
         server: Server,
         watch_full: Callable[[Peer], None],
+        pools: Sequence[str] = (COMMON,),
     ) -> None:
+        """`server`, `pools`: see `configure`."""
         self._ledger = ledger
         self._board = board
         self._metrics = metrics
         self._log = log
-        self.configure(server)
         self._watch_full = watch_full
-        self._queue: deque[InFlight] = deque()
+        self._queues: dict[str, deque[InFlight]] = {}
+        self.configure(server, pools)
         self._arrived: list[InFlight] = []
         self._favourite: Peer | None = None
         self._refused: dict[str, int] = {}
         self._turn = 0
         self.peers: list[Peer] = []
 
-    def configure(self, server: Server) -> None:
-        """Live by these settings from now on."""
+    def configure(self, server: Server, pools: Sequence[str]) -> None:
+        """Live by these settings from now on. `pools` is which pool serves each listener, by the listener's index."""
         self._queue_size = server.queue_size
         self._queue_timeout = server.queue_timeout_secs
+        self._pools = tuple(pools)
+        waiting = [entry for queue in self._queues.values() for entry in queue]
+        self._queues = {pool: deque() for pool in pools}
+        for entry in waiting:
+            self._queues[self._pools[entry.listener]].append(entry)
 
     @property
     def queued(self) -> int:
         """How many clients wait for a worker."""
-        return len(self._queue) + len(self._arrived)
+        return sum(map(len, self._queues.values())) + len(self._arrived)
+
+    @property
+    def full(self) -> bool:
+        """A pool's queue takes no more."""
+        return bool(self._queue_size) and any(len(queue) >= self._queue_size for queue in self._queues.values())
+
+    def queued_in(self, pool: str) -> int:
+        """How many of them wait for a worker of this pool."""
+        return len(self._queues.get(pool, ()))
+
+    def pools_waited_for(self) -> list[str]:
+        """The pools for whose workers somebody waits."""
+        return [pool for pool, queue in self._queues.items() if queue]
 
     def receive(
         self,
@@ -116,7 +140,7 @@ class Dispatcher:
         arrived, self._arrived = self._arrived, []
         self._favourite = None
         for entry in arrived:
-            if self._queue or not self._give(entry):
+            if self._queues[self._pools[entry.listener]] or not self._give(entry):
                 self._enqueue(entry)
 
     def finished(self, peer: Peer, slot: int, attempt: int) -> None:
@@ -154,33 +178,36 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Give what waits to whoever can take it."""
-        while self._queue and self._give(self._queue[0]):
-            self._queue.popleft()
+        for queue in self._queues.values():
+            while queue and self._give(queue[0]):
+                queue.popleft()
 
     def expire(self, now: float) -> None:
         """Refuse what has waited too long; called each tick."""
-        if not self._queue:
-            return
-        waiting: deque[InFlight] = deque()
-        for entry in self._queue:
-            patience = self._queue_timeout if self._unbegun(entry) else TELLING_PATIENCE_SECS
-            if now - entry.waits_since < patience:
-                waiting.append(entry)
-            else:
-                self._give_up(entry, "queue_timeout")
-        self._queue = waiting
+        for pool, queue in self._queues.items():
+            if not queue:
+                continue
+            waiting: deque[InFlight] = deque()
+            for entry in queue:
+                patience = self._queue_timeout if self._unbegun(entry) else TELLING_PATIENCE_SECS
+                if now - entry.waits_since < patience:
+                    waiting.append(entry)
+                else:
+                    self._give_up(entry, "queue_timeout")
+            self._queues[pool] = waiting
 
     def give_up_all(self, code: str) -> None:
         """Refuse all that waits."""
         self.dispatch()
-        while self._queue:
-            self._give_up(self._queue.popleft(), code)
+        for queue in self._queues.values():
+            while queue:
+                self._give_up(queue.popleft(), code)
 
     def recover(self, peer: Peer, now: float) -> dict[str, int]:
         """Decide about every client of a dead worker, and count the decisions."""
         outcomes: dict[str, int] = {}
         suspect = peer.row.current - 1
-        waiting: deque[InFlight] = deque()
+        waiting: dict[str, deque[InFlight]] = {pool: deque() for pool in self._queues}
         for entry in self._ledger.orphans(peer):
             outcome = self._ledger.judge(entry, killer=entry.slot == suspect)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
@@ -192,11 +219,13 @@ class Dispatcher:
                 self._ledger.release(entry)
             else:
                 entry.waits_since = now
+                orphans = waiting[self._pools[entry.listener]]
                 if entry.slot == suspect:  # first, so that if it kills again, the others behind it have not begun
-                    waiting.appendleft(entry)
+                    orphans.appendleft(entry)
                 else:
-                    waiting.append(entry)
-        self._queue = waiting + self._queue  # they were here before whoever came since the death
+                    orphans.append(entry)
+        for pool, orphans in waiting.items():
+            self._queues[pool] = orphans + self._queues[pool]  # they were here before whoever came since the death
         for outcome, count in outcomes.items():
             self._metrics.count("forkd_streams_recovered_total", outcome, amount=count)
         self.pump()
@@ -206,7 +235,7 @@ class Dispatcher:
         entry = self._ledger.get(slot)
         return entry if entry is not None and entry.peer is peer and entry.attempt == attempt else None
 
-    def _choose(self) -> Peer | None:
+    def _choose(self, pool: str) -> Peer | None:
         peers = self.peers
         count = len(peers)
         best: Peer | None = None
@@ -214,12 +243,15 @@ class Dispatcher:
             peer = peers[(self._turn + step) % count]
             if (
                 peer.life is Life.READY
+                and peer.pool == pool
                 and not peer.full
                 and not peer.late
                 and (best is None or peer.active < best.active)
             ):
                 best = peer
         self._turn += 1
+        if pool != COMMON:  # for what costs so much that waking one more worker is nothing beside it
+            return best
         favourite = self._favourite
         if (
             best is not None
@@ -235,7 +267,8 @@ class Dispatcher:
 
     def _give(self, entry: InFlight) -> bool:
         """Send a client to a worker; False when none can take it now."""
-        while (peer := self._choose()) is not None:
+        pool = self._pools[entry.listener]
+        while (peer := self._choose(pool)) is not None:
             verdict = entry.verdict
             entry.attempt += 1
             if verdict is None:
@@ -267,10 +300,11 @@ class Dispatcher:
         return entry.verdict is None or entry.verdict.state in (State.GIVEN, State.COMMITTED)
 
     def _enqueue(self, entry: InFlight) -> None:
-        if len(self._queue) >= self._queue_size:
+        queue = self._queues[self._pools[entry.listener]]
+        if len(queue) >= self._queue_size:
             self._give_up(entry, "no_capacity")
         else:
-            self._queue.append(entry)
+            queue.append(entry)
 
     def _give_up(self, entry: InFlight, code: str) -> None:
         """No worker will see this client."""

@@ -118,10 +118,10 @@ class Collector:
 
     def _on_board(self) -> dict[str, Metric]:
         families = {}
-        for name, worker, value in self._overview.gauges():
+        for name, label, value in self._overview.gauges():
             if name not in families:
                 families[name] = GaugeMetricFamily(name, SPECS[name].help, labels=SPECS[name].labels)
-            families[name].add_metric([worker] if worker else [], value)
+            families[name].add_metric([label] if label else [], value)
         return dict(families)
 
     def _read(self) -> Iterable[Metric]:

@@ -19,6 +19,9 @@ Recycling replaces one worker of the current generation by another of the same: 
 Whoever dies before it is ready makes its own generation wait before the next birth, and no other: a configuration that
 cannot work holds up neither the one that serves nor the one that is to mend it.
 
+Each pool has workers of its own (`forkd.settings.PoolSettings`), and whatever is said of all workers here is said of
+all pools together: none takes over before every one of them can. TTIN and TTOU are the common pool's.
+
 This file decides; it forks nothing and reads no clock. `forkd.supervisor` asks it what is missing, tells it of every
 worker that is ready or dead, and calls `tick`.
 """
@@ -30,7 +33,7 @@ from typing import Final
 
 from forkd.channel import Down
 from forkd.peer import Life, Peer
-from forkd.settings import Settings, worker_count
+from forkd.settings import COMMON, WORKERS_WANTED_MAX, Settings, worker_counts
 
 LEAVING_MAX: Final = 2
 DEATHS_MAX: Final = 3
@@ -42,18 +45,16 @@ JITTER: Final = 0.25
 END_GRACE_SECS: Final = 3.0
 """From STOP to SIGKILL: what a worker may take to tell its clients."""
 
-WORKERS_WANTED_MAX: Final = 1024
-
 
 class Generation:
-    """One configuration. `wanted` is how many workers it is to have."""
+    """One configuration. `wanted` is how many workers it is to have, by pool."""
 
     __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "unfit", "wanted")
 
     def __init__(self, number: int, settings: Settings) -> None:
         self.number = number
         self.settings = settings
-        self.wanted = worker_count(settings)
+        self.wanted = worker_counts(settings)
         self.deaths = 0
         """Of its workers, before they were ready."""
         self.unfit = False
@@ -62,6 +63,16 @@ class Generation:
         self.failures = 0
         """How many times in a row births came to nothing."""
         self.next_birth = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many workers it is to have in all."""
+        return sum(self.wanted.values())
+
+    def grow(self, step: int) -> None:
+        """So many more workers in the common pool, or fewer, but at least one."""
+        room = max(0, WORKERS_WANTED_MAX - self.size)
+        self.wanted[COMMON] = max(1, self.wanted[COMMON] + min(step, room))
 
     def back_off(self, now: float) -> None:
         """Wait before the next birth, twice as long as last time. What fails in one wave is one failure."""
@@ -120,30 +131,31 @@ class Generations:
         self._recycled = None
 
     def resize(self, step: int, now: float) -> int:
-        """So many workers more or fewer, at least one; returns how many are wanted now."""
-        current = self.current
-        current.wanted = min(max(1, current.wanted + step), WORKERS_WANTED_MAX)
+        """So many workers more or fewer in the common pool, at least one; returns how many are wanted there now."""
+        self.current.grow(step)
         if self.coming is not None:
-            self.coming.wanted = min(max(1, self.coming.wanted + step), WORKERS_WANTED_MAX)
+            self.coming.grow(step)
         if step < 0:
             self._recycled = None  # whoever is due will be again, once it is clear how many are to stay
         self._turn_over_if_ready(now)
         self._trim(now)
-        return self.current.wanted
+        return self.current.wanted[COMMON]
 
-    def missing(self, now: float) -> Generation | None:
-        """The generation that another worker should be started for now; None when there is none."""
+    def missing(self, now: float) -> tuple[Generation, str] | None:
+        """The generation and the pool that another worker should be started for now; None when there is none."""
         current, coming = self.current, self.coming
-        wanted = current.wanted + (self._recycled is not None)
-        if now >= current.next_birth and self._count(current, Life.STARTING, Life.READY) < wanted:
-            return current
+        if now >= current.next_birth:
+            for pool in current.wanted:
+                if self._count(current, pool, Life.STARTING, Life.READY) < self._due(pool):
+                    return current, pool
         if (
             coming is not None
             and now >= coming.next_birth
-            and self._count(coming, Life.STARTING) < self._births_at_once
-            and self._count(coming, Life.STARTING, Life.STANDBY) < coming.wanted
+            and sum(self._count(coming, pool, Life.STARTING) for pool in coming.wanted) < self._births_at_once
         ):
-            return coming
+            for pool, wanted in coming.wanted.items():
+                if self._count(coming, pool, Life.STARTING, Life.STANDBY) < wanted:
+                    return coming, pool
         return None
 
     def retire(self, peer: Peer, now: float) -> None:
@@ -165,7 +177,7 @@ class Generations:
         self.current.failures, self.current.next_birth = 0, 0.0
         peer.life = Life.READY
         recycled = self._recycled
-        if recycled is not None and recycled is not peer:
+        if recycled is not None and recycled is not peer and recycled.pool == peer.pool:
             self.retire(recycled, now)
 
     def died(self, peer: Peer, was: Life, now: float, *, unfit: bool = False) -> None:
@@ -220,19 +232,27 @@ class Generations:
         self.coming = Generation(self._last, settings)
         self.coming.ready_by = now + READY_SECS
         self._recycled = None
-        self._log.info("generation %d: starting %d workers", self.coming.number, self.coming.wanted)
+        self._log.info("generation %d: starting %d workers", self.coming.number, self.coming.size)
 
     def _trim(self, now: float) -> None:
-        """Retire what the current generation has too much of: first those that do not serve yet, then the least
-        busy."""
-        serving = [peer for peer in self._peers if peer.generation == self.current.number and _serves(peer)]
-        serving.sort(key=lambda peer: (peer.life is Life.READY, peer.active))
-        for peer in serving[: max(0, len(serving) - self.current.wanted - (self._recycled is not None))]:
-            self.retire(peer, now)
+        """Retire what the current generation has too much of in a pool: first those that do not serve yet, then the
+        least busy."""
+        all_serving = [peer for peer in self._peers if peer.generation == self.current.number and _serves(peer)]
+        all_serving.sort(key=lambda peer: (peer.life is Life.READY, peer.active))
+        for pool in self.current.wanted:
+            serving = [peer for peer in all_serving if peer.pool == pool]
+            for peer in serving[: max(0, len(serving) - self._due(pool))]:
+                self.retire(peer, now)
+
+    def _due(self, pool: str) -> int:
+        """How many workers the current generation is to have in a pool just now."""
+        return self.current.wanted[pool] + (self._recycled is not None and self._recycled.pool == pool)
 
     def _turn_over_if_ready(self, now: float) -> None:
         coming = self.coming
-        if coming is not None and self._count(coming, Life.STANDBY) >= coming.wanted:
+        if coming is not None and all(
+            self._count(coming, pool, Life.STANDBY) >= wanted for pool, wanted in coming.wanted.items()
+        ):
             self._turn_over(coming, now)
 
     def _turn_over(self, coming: Generation, now: float) -> None:
@@ -278,8 +298,9 @@ class Generations:
     def _has_room(self) -> bool:
         return len({peer.generation for peer in self._peers if peer.generation < self.current.number}) < LEAVING_MAX
 
-    def _count(self, generation: Generation, *lives: Life) -> int:
-        return sum(peer.generation == generation.number and peer.life in lives for peer in self._peers)
+    def _count(self, generation: Generation, pool: str, *lives: Life) -> int:
+        number = generation.number
+        return sum(peer.generation == number and peer.pool == pool and peer.life in lives for peer in self._peers)
 
 
 def _serves(peer: Peer) -> bool:

@@ -32,7 +32,7 @@ from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
 from forkd.reload import Reader, settle
-from forkd.settings import Server, Settings, worker_count
+from forkd.settings import Server, Settings, worker_counts
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
 
@@ -89,7 +89,7 @@ class Master:
         self._log = logs.logger
         self._name = name
         server = settings.server
-        workers = worker_count(settings)
+        workers = sum(worker_counts(settings).values())
         self._limit, capacity = self._measure_room(workers)
         self._listeners = self._listen()
         self._metrics_listener = self._bind_metrics()
@@ -120,7 +120,13 @@ class Master:
         self._reader = Reader(self._selector, self._log, load, self._reload)
         self._upgrade = Upgrade(self._selector, self._log, self._hand_over, self._upgrade_failed)
         self._dispatcher = Dispatcher(
-            self._ledger, self._board, self._metrics, self._log, server, self._supervisor.watch_full
+            self._ledger,
+            self._board,
+            self._metrics,
+            self._log,
+            server,
+            self._supervisor.watch_full,
+            settings.pools_of_listeners(),
         )
         self._dispatcher.peers = self._supervisor.peers
         self._supervisor.dispatcher = self._dispatcher
@@ -368,14 +374,19 @@ class Master:
     def _publish(self, now: float) -> None:
         """Leave word of ourselves on the board."""
         ledger, queued = self._ledger, self._dispatcher.queued
-        queue_size = self._settings.server.queue_size
-        full = (queue_size and queued >= queue_size) or self._fds_left() <= 0
+        full = self._dispatcher.full or self._fds_left() <= 0
+        pools = self._supervisor.generations.current.wanted
+        for number, (pool, wanted) in enumerate(pools.items()):
+            self._board.pool_row(number).store(
+                pool, ready=self._supervisor.ready_in(pool), wanted=wanted, queued=self._dispatcher.queued_in(pool)
+            )
         self._board.master_row().store(
             beat_ms=int(now * 1000),
             stage=self._stage.value,
             generation=self._supervisor.generations.current.number,
             ready=self._supervisor.ready,
             wanted=self._supervisor.wanted,
+            pools=len(pools),
             streams=ledger.count,
             queued=queued,
             peak=ledger.peak,
@@ -487,7 +498,7 @@ class Master:
             return
         self._settings = settings
         self._logs.configure(settings.logging)
-        self._dispatcher.configure(settings.server)
+        self._dispatcher.configure(settings.server, settings.pools_of_listeners())
         if self._intake is not None:
             self._intake.configure(settings.server)
 
@@ -544,7 +555,7 @@ class Master:
 
     def _report_if_ready(self) -> None:
         """When all workers are ready, tell systemd, and the master that started us, if one did."""
-        if self._supervisor.ready < self._supervisor.wanted:
+        if not self._supervisor.complete:
             current = self._supervisor.generations.current
             if current.unfit:  # to try again and again would only hide it
                 self._log.error("forkd cannot start: no worker can work with this configuration (see above)")

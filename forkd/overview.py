@@ -15,6 +15,7 @@ from msgspec import Struct
 
 import forkd
 from forkd.board import WORKERS_MAX, Board
+from forkd.settings import COMMON
 
 HEALTHY_SECS: Final = 5.0
 """A master that has said nothing for so long is stuck."""
@@ -40,8 +41,18 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     rss_bytes: int = 0
     oldest_stream_secs: float | None = None
     stuck_handlers: int = 0
+    pool: str = COMMON
     note: str = ""
     """What the operator should know, in words; as a rule nothing."""
+
+
+class PoolStatus(Struct, frozen=True, kw_only=True):
+    """One pool of workers, of the current generation. `queued` clients wait for one of them."""
+
+    name: str
+    ready_workers: int
+    wanted_workers: int
+    queued: int = 0
 
 
 class Status(Struct, frozen=True, kw_only=True):
@@ -66,6 +77,7 @@ class Status(Struct, frozen=True, kw_only=True):
     programs: int = 0
     rss_bytes: int | None = None
     cpu_ms: int | None = None
+    pools: tuple[PoolStatus, ...] = ()
     workers: tuple[WorkerStatus, ...] = ()
 
 
@@ -99,8 +111,14 @@ class Overview:
             programs=self._programs(),
             rss_bytes=usage and usage[0],
             cpu_ms=usage and usage[1],
+            pools=tuple(self._pools()),
             workers=tuple(self._workers()),
         )
+
+    def _pools(self) -> Iterator[PoolStatus]:
+        for number in range(self._master.pools):
+            row = self._board.pool_row(number)
+            yield PoolStatus(name=row.name, ready_workers=row.ready, wanted_workers=row.wanted, queued=row.queued)
 
     def _workers(self) -> Iterator[WorkerStatus]:
         now = time.monotonic()
@@ -131,11 +149,12 @@ class Overview:
                 rss_bytes=figures.rss_bytes,
                 oldest_stream_secs=round(max(0.0, now - figures.oldest_ms / 1000), 1) if figures.oldest_ms else None,
                 stuck_handlers=figures.stuck,
+                pool=peer.pool,
                 note=row.note,
             )
 
     def gauges(self) -> Iterator[tuple[str, str, float]]:
-        """Name, value of the label `worker` (or ""), and value of each gauge of `forkd.metrics.SPECS` that is ours.
+        """Name, value of the only label (or ""), and value of each gauge of `forkd.metrics.SPECS` that is ours.
 
         A worker is its index, which others get after it: there are never more of them than were alive at once.
         """
@@ -144,6 +163,10 @@ class Overview:
         if master.wanted:
             yield "forkd_workers_wanted", "", master.wanted
         yield "forkd_queued_handoffs", "", master.queued
+        for pool in self._pools():
+            yield "forkd_pool_workers_ready", pool.name, pool.ready_workers
+            yield "forkd_pool_workers_wanted", pool.name, pool.wanted_workers
+            yield "forkd_pool_queued_handoffs", pool.name, pool.queued
         yield "forkd_capacity_streams", "", master.capacity
         yield "forkd_programs", "", self._programs()
         workers = list(self._workers())
@@ -169,6 +192,9 @@ class Overview:
             return f"the master is {master.stage}"
         if not master.ready:
             return "no worker is ready"
+        for pool in self._pools():
+            if not pool.ready_workers:
+                return f"no worker of the pool {pool.name} is ready"
         return "" if master.room else "no room for another stream"
 
     def _programs(self) -> int:

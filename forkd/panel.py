@@ -13,10 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from forkd.overview import Status, WorkerStatus
+from forkd.settings import COMMON
 
 _ROOMY_COLUMNS: Final = 90
 _NOTES_MAX: Final = 3
 _BAR_COLUMNS: Final = 12
+_NAME_COLUMNS: Final = 11
+"""For a worker's number and its pool where there is not much room."""
 _LINES_BESIDE_ROWS: Final = 7
 """Of a live panel: the head, the table's header, what is below, and the blank lines between."""
 _STYLES: Final = {
@@ -113,14 +116,15 @@ class Panel:
     def _table(self, console: Console, workers: Iterable[WorkerStatus]) -> Table:
         roomy = console.width >= _ROOMY_COLUMNS
         table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="dim")
-        for name in ("", "pid", "gen"):
-            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column("", no_wrap=True, max_width=None if roomy else _NAME_COLUMNS, overflow="crop")
+        for name in ("pid", "gen"):
+            table.add_column(name, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True, min_width=8)
         for name in ("streams", "new/s", "cpu", "memory", "restarts", "oldest"):
             table.add_column(name, justify="right", no_wrap=True, min_width=6)
         table.add_row(*self._master())
         for worker in workers:
-            table.add_row(*_worker(worker))
+            table.add_row(*_worker(worker, roomy=roomy))
         return table
 
     def _master(self) -> Sequence[RenderableType]:
@@ -137,10 +141,13 @@ class Panel:
         )
 
 
-def _worker(worker: WorkerStatus) -> Sequence[RenderableType]:
+def _worker(worker: WorkerStatus, *, roomy: bool) -> Sequence[RenderableType]:
+    name = f"worker {worker.index}"
+    if worker.pool != COMMON:
+        name = f"{name} ({worker.pool})" if roomy else f"{worker.index} ({worker.pool})"
     state = "late" if worker.late else worker.state
     return (
-        f"worker {worker.index}",
+        Text(name),
         str(worker.pid),
         str(worker.generation),
         Text(state, _STYLES.get(state, "")),

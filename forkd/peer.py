@@ -5,6 +5,7 @@ from enum import Enum
 
 from forkd.board import Row
 from forkd.channel import Assignment, Down, send_down
+from forkd.settings import COMMON
 
 _NO_BODY = b"\0"
 
@@ -37,6 +38,7 @@ class Peer:
         "life",
         "pid",
         "pidfd",
+        "pool",
         "row",
         "seen_beat",
         "silent_ticks",
@@ -46,9 +48,20 @@ class Peer:
         "unwanted",
     )
 
-    def __init__(self, index: int, generation: int, pid: int, pidfd: int, channel: socket.socket, row: Row) -> None:
+    def __init__(
+        self,
+        index: int,
+        generation: int,
+        pid: int,
+        pidfd: int,
+        channel: socket.socket,
+        row: Row,
+        pool: str = COMMON,
+    ) -> None:
         self.index = index
         self.generation = generation
+        self.pool = pool
+        """It gets the handoffs of this pool's listeners and no others."""
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel

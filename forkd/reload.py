@@ -72,6 +72,8 @@ def settle(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
         named = {name for listener in old.listeners if (name := listener.named_backend) is not None}
         # Still needed, though the new configuration, which has no such listener, may have no such backend.
         sections["backends"] = {**{name: old.backends[name] for name in named}, **new.backends}
+        pools = [name for listener in old.listeners if (name := listener.pool) is not None]
+        sections["pools"] = {name: new.pools.get(name, old.pools[name]) for name in pools}
     return msgspec.structs.replace(new, **sections), kept
 
 

@@ -141,7 +141,9 @@ class Server(Struct, frozen=True, kw_only=True):
         bool,
         about("Keep a copy of every client's fd, so that a dead worker's streams are recovered. One fd per stream"),
     ] = True
-    queue_size: Annotated[Count, about("Handoffs that may wait when no worker has room; more get a 503")] = 1024
+    queue_size: Annotated[
+        Count, about("Handoffs that may wait when no worker has room, for each pool; more get a 503")
+    ] = 1024
     queue_timeout_secs: Annotated[Seconds, about("How long one may wait before its 503")] = 5
     max_pending_handoffs: Annotated[PositiveCount, about("Senders that have connected and sent nothing yet")] = 1024
     handoff_timeout_secs: Annotated[PositiveSeconds, about("How long such a sender may stay silent")] = 5
@@ -191,7 +193,9 @@ class ListenerSettings(Struct, frozen=True, kw_only=True):
     data: Annotated[dict[str, Any] | None, about("The handoff data of an `fdpass` listener, which receives none")] = (
         None
     )
-    pool: Annotated[Text | None, about("A pool of workers of its own, by name. null: the common one")] = None
+    pool: Annotated[
+        Text | None, about("The pool of workers, by its name under `pools`, that serves it. null: those of `workers`")
+    ] = None
     allow_users: Annotated[tuple[Principal, ...], about("As `server.allow_users`")] = ()
     allow_groups: Annotated[tuple[Principal, ...], about("As `server.allow_groups`")] = ()
 
@@ -229,6 +233,21 @@ class Workers(Struct, frozen=True, kw_only=True):
     ] = 30
     max_streams: Annotated[Count, about("Recycle a worker after so many streams (with jitter). 0: never")] = 0
     max_rss_mb: Annotated[Count, about("Recycle a worker above so much memory. 0: never")] = 0
+
+
+COMMON: Final = "common"
+"""What the pool of the workers of `workers.count` is called wherever pools are told apart."""
+WORKERS_WANTED_MAX: Final = 1024
+"""In all pools together."""
+POOLS_MAX: Final = 32
+
+
+class PoolSettings(Struct, frozen=True, kw_only=True):
+    """One entry of ``pools:``, workers for the listeners that name it, and for nothing else."""
+
+    count: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)], about("How many workers it has. All else is as `workers` says")
+    ] = 1
 
 
 class MockBackend(Struct, frozen=True, kw_only=True):
@@ -482,6 +501,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     server: Server = field(default_factory=Server)
     listeners: list[ListenerSettings] = field(default_factory=list)
     workers: Workers = field(default_factory=Workers)
+    pools: dict[str, PoolSettings] = field(default_factory=dict)
     default_backend: Annotated[Text, about("The backend of a stream that asks for none, by name")] = "mock"
     backends: dict[str, Backend] = field(default_factory=default_backends)
     metrics: Metrics = field(default_factory=Metrics)
@@ -500,6 +520,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         )
         return [own, *self.listeners]
 
+    def pools_of_listeners(self) -> tuple[str, ...]:
+        """Which pool serves each of `all_listeners`."""
+        return tuple(listener.pool or COMMON for listener in self.all_listeners())
+
 
 def parse_address(written: str) -> tuple[str, int]:
     """Take ``HOST:PORT`` apart; an empty host is every address. ValueError if it is none.
@@ -515,7 +539,10 @@ def parse_address(written: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def worker_count(settings: Settings) -> int:
-    """How many workers to run, with ``auto`` resolved for the machine or container as it is now."""
+def worker_counts(settings: Settings) -> dict[str, int]:
+    """How many workers to run in each pool, the common one first; ``auto`` is resolved for the machine or container as
+    it is now.
+    """
     count = settings.workers.count
-    return cpus.available() if count == "auto" else count
+    common = cpus.available() if count == "auto" else count
+    return {COMMON: common, **{name: pool.count for name, pool in settings.pools.items()}}

@@ -14,6 +14,7 @@ each generation by itself.
 The heartbeat is judged by the master's own ticks, not by the clock: when the whole machine was frozen, nobody is late.
 """
 
+import errno
 import os
 import selectors
 import signal
@@ -31,7 +32,7 @@ from forkd.generations import Generation, Generations
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
-from forkd.settings import Settings
+from forkd.settings import COMMON, Settings
 
 TICK_SECS: Final = 0.25
 LATE_SECS: Final = 3.0
@@ -84,29 +85,43 @@ class Supervisor:
         """How many workers take handoffs."""
         return sum(peer.life is Life.READY and not peer.late for peer in self.peers)
 
+    def ready_in(self, pool: str) -> int:
+        """How many of them there are in one pool."""
+        return sum(peer.life is Life.READY and not peer.late for peer in self.peers if peer.pool == pool)
+
     @property
     def wanted(self) -> int:
         """How many workers the current generation is to have."""
-        return self.generations.current.wanted
+        return self.generations.current.size
+
+    @property
+    def complete(self) -> bool:
+        """All of those are ready, in every pool."""
+        return all(self.ready_in(pool) >= wanted for pool, wanted in self.generations.current.wanted.items())
 
     def maintain(self, now: float) -> None:
         """Start what is missing; called each tick and after each death."""
-        while (generation := self._missing(now)) is not None:
+        while (missing := self._missing(now)) is not None:
+            generation, pool = missing
             try:
-                self._spawn(generation)
+                self._spawn(generation, pool)
             except OSError as error:  # EAGAIN, ENOMEM, EMFILE: the machine is full, not we are broken
                 self._log.error("cannot start a worker: %s", error.strerror)
                 generation.back_off(now)
 
-    def _missing(self, now: float) -> Generation | None:
+    def _missing(self, now: float) -> tuple[Generation, str] | None:
         if self._killing:
             return None
         if not self._draining:
             return self.generations.missing(now)
         # During a drain a worker is wanted only where clients wait for one: those of a worker that died.
-        serving = any(peer.life in (Life.STARTING, Life.READY) for peer in self.peers)
         current = self.generations.current
-        return current if self.dispatcher.queued and not serving and now >= current.next_birth else None
+        serving = {peer.pool for peer in self.peers if peer.life in (Life.STARTING, Life.READY)}
+        if now >= current.next_birth:
+            for pool in self.dispatcher.pools_waited_for():
+                if pool not in serving:
+                    return current, pool
+        return None
 
     def drain(self) -> None:
         """Let every worker finish and go, once nothing waits for one; called each tick of a shutdown.
@@ -142,7 +157,7 @@ class Supervisor:
             self.maintain(now)
 
     def resize(self, step: int, now: float) -> None:
-        """One worker more, or one fewer (the least busy drains), but at least one."""
+        """One worker more in the common pool, or one fewer (the least busy drains), but at least one."""
         self._log.info("%d workers wanted", self.generations.resize(step, now))
         self.dispatcher.pump()
         self.maintain(now)
@@ -195,7 +210,7 @@ class Supervisor:
             peer.channel.close()
             os.close(peer.pidfd)
 
-    def _spawn(self, generation: Generation) -> None:
+    def _spawn(self, generation: Generation, pool: str) -> None:
         index = self._free_index()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -206,7 +221,7 @@ class Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                self._child(index, theirs, generation)
+                self._child(index, theirs, generation, pool)
         except BaseException:
             ours.close()
             raise
@@ -220,15 +235,15 @@ class Supervisor:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
-        peer = Peer(index, generation.number, pid, pidfd, ours, row)
+        peer = Peer(index, generation.number, pid, pidfd, ours, row, pool)
         peer.stream_limit = self.generations.limit_of(generation)
-        self._board.peer_row(index).store_born(pid, generation.number)
+        self._board.peer_row(index).store_born(pid, generation.number, pool)
         self.peers.append(peer)
         self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))
         self._selector.register(ours, selectors.EVENT_READ, _OnChannel(self, peer))
         self._log.debug("worker %d started (pid %d)", index, pid)
 
-    def _child(self, index: int, theirs: socket.socket, generation: Generation) -> None:
+    def _child(self, index: int, theirs: socket.socket, generation: Generation, pool: str) -> None:
         """Become a worker. Never returns."""
         code = 1
         try:
@@ -245,6 +260,7 @@ class Supervisor:
                     self._logs,
                     self._metrics_dir,
                     self._side,
+                    pool,
                 )
             )
             code = 0
@@ -262,7 +278,10 @@ class Supervisor:
 
     def _free_index(self) -> int:
         used = {peer.index for peer in self.peers}
-        return next(index for index in range(1, WORKERS_MAX) if index not in used)
+        for index in range(1, WORKERS_MAX):
+            if index not in used:
+                return index
+        raise OSError(errno.EAGAIN, f"there are {len(used)} already")
 
     def watch_full(self, peer: Peer) -> None:
         """Call the dispatcher when this worker's channel takes messages again."""
@@ -311,7 +330,8 @@ class Supervisor:
             if dispatcher.queued:
                 dispatcher.pump()
         elif kind is Up.READY:
-            self._log.info("worker %d ready (pid %d, generation %d)", peer.index, peer.pid, peer.generation)
+            pool = f", pool {peer.pool}" if peer.pool != COMMON else ""
+            self._log.info("worker %d ready (pid %d, generation %d%s)", peer.index, peer.pid, peer.generation, pool)
             if peer.life is Life.STARTING:
                 self.generations.ready(peer, time.monotonic())
                 self.maintain(time.monotonic())

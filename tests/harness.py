@@ -264,7 +264,7 @@ class Forkd:
             streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen([*self.command, "-c", str(file), *self.arguments], **{**streams, **popen})
         if ready:
-            wanted = base["workers"]["count"]
+            wanted = base["workers"]["count"] + sum(pool["count"] for pool in base.get("pools", {}).values())
             wait_for(lambda: self.log().count(" ready (pid") >= wanted or self._exited(), "workers ready")
             assert not self._exited(), self.log() + self.output()
         return self

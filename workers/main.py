@@ -18,6 +18,7 @@ from forkd import channel, handoff, process
 from forkd.boot import Boot
 from forkd.channel import Down, Up
 from forkd.metrics import Metrics
+from forkd.settings import COMMON
 from workers.attachments import Attachments
 from workers.backends import registry
 from workers.backends.base import HttpBackend
@@ -239,8 +240,11 @@ class Worker:
             context.metrics.count("forkd_log_lines_dropped_total", amount=dropped)
         context.metrics.flush()
         boot = self._boot
+        pool = f" ({boot.pool})" if boot.pool != COMMON else ""
         state = " draining" if self._draining else ""
-        self._title.show(f"forkd: worker {boot.index} [gen {boot.generation}]{state} streams={live}", self._loop.now)
+        self._title.show(
+            f"forkd: worker {boot.index}{pool} [gen {boot.generation}]{state} streams={live}", self._loop.now
+        )
         self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping))
 
     def _look_after_handlers(self) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 
 from forkd.board import WORKERS_MAX, Board, Figures, Kind, State
+from forkd.settings import COMMON, POOLS_MAX
 
 
 def test_it_starts_empty() -> None:
@@ -26,11 +27,23 @@ def test_no_two_cells_overlap() -> None:
         row.store_figures(Figures(2**40 + index, 8, 9, 99.875, 1234.5, 7))
         row.store_note(f"note {index}")
         peer = board.peer_row(index)
-        peer.store_born(4000 + index, 5)
+        peer.store_born(4000 + index, 5, f"pool-{index}")
         peer.store("ready", 6, late=True)
     board.master_row().store(
-        beat_ms=1, stage="draining", generation=2, ready=3, streams=4, queued=5, peak=6, capacity=7, room=8, wanted=9
+        beat_ms=1,
+        stage="draining",
+        generation=2,
+        ready=3,
+        streams=4,
+        queued=5,
+        peak=6,
+        capacity=7,
+        room=8,
+        wanted=9,
+        pools=10,
     )
+    for number in (0, POOLS_MAX - 1):
+        board.pool_row(number).store(f"{number:x>32}", ready=100 + number, wanted=200 + number, queued=300 + number)
     for slot in range(3):
         board.states[slot] = State.PARTIAL
         board.kinds[slot] = Kind.BARE
@@ -43,10 +56,15 @@ def test_no_two_cells_overlap() -> None:
         assert row.rss_bytes == 2**40 + index
         peer = board.peer_row(index)
         assert (peer.life, peer.pid, peer.generation, peer.streams, peer.late) == ("ready", 4000 + index, 5, 6, True)
+        assert peer.pool == f"pool-{index}"
+    for number in (0, POOLS_MAX - 1):
+        pool = board.pool_row(number)
+        assert (pool.name, pool.ready, pool.wanted) == (f"{number:x>32}", 100 + number, 200 + number)
+        assert pool.queued == 300 + number
     master = board.master_row()
     assert (master.beat_ms, master.stage, master.generation, master.ready) == (1, "draining", 2, 3)
     assert (master.streams, master.queued, master.peak, master.capacity, master.room) == (4, 5, 6, 7, 8)
-    assert master.wanted == 9
+    assert (master.wanted, master.pools) == (9, 10)
     assert bytes(board.states) == bytes([State.PARTIAL] * 3)
     assert bytes(board.kinds) == bytes([Kind.BARE] * 3)
     assert board.row(2).beat == board.row(2).current == 0
@@ -84,6 +102,16 @@ def test_a_note_has_an_end_however_long_it_is() -> None:
     assert board.row(0).note == "☃" * 85  # of three bytes each
     board.row(0).store_note("short")
     assert (board.row(0).note, board.row(1).note) == ("short", "second")
+
+
+def test_a_pools_name_is_that_of_the_last_one() -> None:
+    board = Board(1)
+    for name in ("a-long-name", "short"):
+        board.pool_row(1).store(name, ready=1, wanted=2, queued=3)
+        board.peer_row(1).store_born(1, 1, name)
+        assert board.pool_row(1).name == board.peer_row(1).pool == name
+    board.peer_row(1).store_born(1, 1)
+    assert board.peer_row(1).pool == COMMON
 
 
 def test_figures_have_three_decimals() -> None:

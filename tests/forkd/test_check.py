@@ -138,6 +138,14 @@ def test_auto_is_resolved(run: Checker, monkeypatch: pytest.MonkeyPatch) -> None
     assert run().the("workers") == ("ok", "7 (auto: one for each CPU there is for us)")
 
 
+def test_pools_are_told(run: Checker) -> None:
+    listeners = [{"path": f"{run.directory}/{name}.sock", "pool": pool} for name, pool in (("a", "h"), ("b", "h"))]
+    said = run(workers={"count": 3}, listeners=listeners, pools={"h": {"count": 2}})
+    assert said.status == 0
+    assert said.the("workers") == ("ok", "3")
+    assert said.the("pool h") == ("ok", f"2 workers of its own, for {run.directory}/a.sock, {run.directory}/b.sock")
+
+
 class TestCapacity:
     @pytest.fixture(autouse=True)
     def _limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +172,12 @@ class TestCapacity:
         said = run(server={"max_connections": wanted}, workers={"count": 2})
         assert said.the("capacity")[0] == level
         assert said.the("capacity")[1].startswith(says)
+
+    def test_is_reckoned_with_the_workers_of_all_pools(self, run: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (60, 60))
+        listener = {"path": f"{run.directory}/a.sock", "pool": "h"}
+        said = run(workers={"count": 2}, listeners=[listener], pools={"h": {"count": 3}})
+        assert said.the("capacity") == ("fault", "the limit of open files is 60, too low for 5 workers")
 
     def test_without_a_ledger_there_is_no_limit(self, run: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (2000, 2000))

@@ -36,6 +36,7 @@ from forkd.settings import (
     ListenerSettings,
     MockBackend,
     OpenAiBackend,
+    PoolSettings,
     Secret,
     Server,
     Settings,
@@ -43,7 +44,7 @@ from forkd.settings import (
     Workers,
     default_socket_path,
     parse_address,
-    worker_count,
+    worker_counts,
 )
 from workers.request import HandoffData
 
@@ -128,10 +129,72 @@ def test_all_listeners_begins_with_the_servers_own(load_text: Loader) -> None:
     assert settings.all_listeners()[0].envelope is True
 
 
-def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpus, "available", lambda: 7)
-    assert worker_count(Settings()) == 7
-    assert worker_count(Settings(workers=Workers(count=3))) == 3
+    assert worker_counts(Settings()) == {"common": 7}
+    pools = {"heavy": PoolSettings(count=2), "alone": PoolSettings()}
+    assert worker_counts(Settings(workers=Workers(count=3), pools=pools)) == {"common": 3, "heavy": 2, "alone": 1}
+
+
+def test_pools(load_text: Loader) -> None:
+    settings = load_text(
+        "{listeners: [{path: /a, pool: heavy}, {path: /b}, {path: /c, pool: x.1}, {path: /d, pool: heavy}],"
+        " pools: {heavy: {count: 2}, x.1: }}"
+    ).settings
+    assert settings.pools == {"heavy": PoolSettings(count=2), "x.1": PoolSettings(count=1)}
+    assert settings.pools_of_listeners() == ("common", "heavy", "common", "x.1", "heavy")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("listeners: [{path: /x, pool: heavy}]", ['listeners[0].pool: there is no pool "heavy"; write it under pools']),
+        (
+            "{listeners: [{path: /x, pool: hevy}], pools: {heavy: {count: 2}}}",
+            ['listeners[0].pool: there is no pool "hevy"; did you mean heavy?'],
+        ),
+        (
+            "{listeners: [{path: /x, pool: other}], pools: {heavy: {}}}",
+            [
+                'listeners[0].pool: there is no pool "other"; write it under pools',
+                "pools.heavy: no listener names it, so its workers would have nothing to do",
+            ],
+        ),
+        ("{listeners: [{path: /x, pool: 5}]}", ["listeners[0].pool: expected a string, got 5"]),
+        (
+            "{listeners: [{path: /x, pool: common}], pools: {common: {}}}",
+            ["pools.common: this is what the workers of workers.count are called; choose another name"],
+        ),
+        (
+            "{listeners: [{path: /x, pool: h}], pools: {h: {count: 0, cuont: 1}}}",
+            [
+                "pools.h.cuont: unknown key; did you mean pools.h.count?",
+                "pools.h.count: expected a whole number from 1 to 1024, got 0",
+            ],
+        ),
+        (
+            "{listeners: [{path: /x, pool: h}], pools: {h: {count: auto}}}",
+            ['pools.h.count: expected a whole number, got "auto"'],
+        ),
+        ("{listeners: [{path: /x, pool: h}], pools: {h: 2}}", ["pools.h: expected a mapping, got a number"]),
+        ("pools: [h]", ["pools: expected a mapping, got a list"]),
+        (
+            '{listeners: [{path: /x, pool: "a b"}], pools: {"a b": {}}}',
+            ["pools.a b: a pool's name is made of up to 32 letters, digits, dots, hyphens and underscores"],
+        ),
+        (
+            "{listeners: [{path: /x, pool: h}], pools: {h: {count: 1000}}, workers: {count: 25}}",
+            ["pools: there may be 1024 workers, these and workers.count are 1,025"],
+        ),
+        (
+            f"{{listeners: [{', '.join(f'{{path: /{n}, pool: p{n}}}' for n in range(33))}],"
+            f" pools: {{{', '.join(f'p{n}: {{}}' for n in range(33))}}}}}",
+            ["pools: there may be 32 of them, these are 33"],
+        ),
+    ],
+)
+def test_pools_that_cannot_be(load_text: Loader, text: str, found: list[str]) -> None:
+    assert faults(lambda: load_text(text)) == found
 
 
 # The three sources ---------------------------------------------------------------------------------------------------
@@ -619,7 +682,6 @@ def test_what_the_reference_is_told_exists() -> None:
     [
         ("listeners: [{path: /x, protocol: fdpass}]", "listeners[0].protocol: fdpass is not available in this version"),
         ("listeners: [{path: /x, tls: true}]", "listeners[0].tls: tls is not available in this version"),
-        ("listeners: [{path: /x, pool: heavy}]", "listeners[0].pool: pool is not available in this version"),
         ("default_backend: openai", "default_backend: openai is not available in this version"),
         (
             "{default_backend: groq, backends: {groq: {provider: openai}}}",
@@ -633,7 +695,7 @@ def test_what_this_version_cannot_do_yet(
 ) -> None:
     monkeypatch.setattr(config, "AVAILABLE_PROVIDERS", frozenset({"mock", "typing"}))
     monkeypatch.setattr(config, "AVAILABLE_PROTOCOLS", frozenset({"handoff"}))
-    monkeypatch.setattr(config, "UNAVAILABLE_LISTENER_KEYS", ("tls", "pool"))
+    monkeypatch.setattr(config, "UNAVAILABLE_LISTENER_KEYS", ("tls",))
     assert faults(lambda: load_text(text)) == [fault]
     monkeypatch.setattr(config, "AVAILABLE_PROVIDERS", frozenset({"mock", "typing", "openai"}))
     monkeypatch.setattr(config, "AVAILABLE_PROTOCOLS", frozenset({"handoff", "fdpass"}))

@@ -17,7 +17,7 @@ from forkd.dispatcher import TELLING_PATIENCE_SECS, Dispatcher
 from forkd.ledger import Ledger, Verdict
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
-from forkd.settings import Server
+from forkd.settings import COMMON, Server
 from tests.harness import Answer, read_answer, tcp_pair
 
 
@@ -38,6 +38,7 @@ class Office:
     server: Server
     keep: bool = True
     capacity: int = 10_000
+    pools: tuple[str, ...] = (COMMON,)
     full: list[Peer] = field(default_factory=list)
     clients: list[socket.socket] = field(default_factory=list)
     ends: dict[int, socket.socket] = field(default_factory=dict)
@@ -47,23 +48,25 @@ class Office:
         self.ledger = Ledger(self.board, self.capacity, keep=self.keep)
         self.counts = Counts()
         self.dispatcher = Dispatcher(
-            self.ledger, self.board, self.counts, logging.getLogger("test"), self.server, self.full.append
+            self.ledger, self.board, self.counts, logging.getLogger("test"), self.server, self.full.append, self.pools
         )
 
-    def hire(self, life: Life = Life.READY) -> Peer:
+    def hire(self, life: Life = Life.READY, pool: str = COMMON) -> Peer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         index = len(self.ends) + 1
-        peer = Peer(index, 1, 0, -1, ours, self.board.row(index))
+        peer = Peer(index, 1, 0, -1, ours, self.board.row(index), pool)
         peer.life = life
         self.ends[index] = theirs
         self.dispatcher.peers.append(peer)
         return peer
 
-    def receive(self, payload: bytes = b"{}", now: float = 0.0, code: str = "", data_fd: int = -1) -> socket.socket:
+    def receive(
+        self, payload: bytes = b"{}", now: float = 0.0, code: str = "", data_fd: int = -1, listener: int = 0
+    ) -> socket.socket:
         client, server = socket.socketpair()
         self.clients.append(client)
-        self.dispatcher.receive(server.detach(), data_fd, payload, 0, 0, now, code)
+        self.dispatcher.receive(server.detach(), data_fd, payload, 0, listener, now, code)
         self.dispatcher.dispatch()
         return client
 
@@ -372,6 +375,111 @@ def test_without_the_ledger_a_returned_client_is_lost_and_counted() -> None:
     assert office.ledger.count == 0
     assert office.counts["forkd_handoff_errors_total", "out_of_fds"] == 1
     office.close()
+
+
+# Pools: listener 0 is served by the common one, listener 1 by another.
+
+
+@pytest.fixture
+def pooled() -> Iterator[Office]:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    made = Office(Server(queue_size=3, queue_timeout_secs=5), pools=(COMMON, "heavy"))
+    yield made
+    made.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_handoff_goes_to_its_listeners_pool_however_busy_that_is(pooled: Office) -> None:
+    common, heavy = pooled.hire(), pooled.hire(pool="heavy")
+    heavy.active = 100
+    for listener in (1, 0, 1):
+        pooled.receive(b"%d" % listener, listener=listener)
+    assert [body for _, body in pooled.heard(heavy)] == [b"1", b"1"]
+    assert [body for _, body in pooled.heard(common)] == [b"0"]
+
+
+def test_those_that_arrive_in_the_same_turn_part_by_their_pools_and_evenly_in_them(pooled: Office) -> None:
+    peers = [pooled.hire(pool=pool) for pool in (COMMON, "heavy", COMMON, "heavy")]
+    for listener in (0, 1, 0, 1, 1, 0):
+        client, server = socket.socketpair()
+        pooled.clients.append(client)
+        pooled.dispatcher.receive(server.detach(), -1, b"%d" % listener, 0, listener, 0.0)
+    pooled.dispatcher.dispatch()
+    heard = [[body for _, body in pooled.heard(peer)] for peer in peers]
+    assert sorted(heard[0] + heard[2]) == [b"0"] * 3
+    assert sorted([len(heard[1]), len(heard[3])]) == [1, 2]  # evenly, though one worker would be cheaper to wake
+    assert set(heard[1] + heard[3]) == {b"1"}
+
+
+def test_one_pools_queue_keeps_nobody_else_waiting_and_has_its_own_limit(pooled: Office) -> None:
+    common = pooled.hire()
+    clients = [pooled.receive(b"%d" % number, listener=1) for number in range(4)]
+    assert read(clients[3]).json["code"] == "no_capacity"
+    assert (pooled.dispatcher.queued_in("heavy"), pooled.dispatcher.queued_in(COMMON)) == (3, 0)
+    assert pooled.dispatcher.full
+    assert pooled.dispatcher.pools_waited_for() == ["heavy"]
+    pooled.receive(b"light")
+    assert [body for _, body in pooled.heard(common)] == [b"light"]
+    common.full = True
+    pooled.receive(b"light too")
+    assert pooled.dispatcher.queued == 4
+    heavy = pooled.hire(pool="heavy")
+    pooled.dispatcher.pump()
+    assert [body for _, body in pooled.heard(heavy)] == [b"0", b"1", b"2"]
+    assert (pooled.dispatcher.queued, pooled.dispatcher.full) == (1, False)
+
+
+def test_every_queue_expires_and_is_given_up(pooled: Office) -> None:
+    clients = [pooled.receive(now=now, listener=listener) for now in (0.0, 3.0) for listener in (0, 1)]
+    pooled.dispatcher.expire(5.1)
+    assert [read(client).json["code"] for client in clients[:2]] == ["queue_timeout"] * 2
+    pooled.dispatcher.give_up_all("shutdown")
+    assert [read(client).json["code"] for client in clients[2:]] == ["shutdown"] * 2
+    assert pooled.ledger.count == 0
+
+
+def test_orphans_stay_in_their_pool(pooled: Office) -> None:
+    dead, idle, busy = pooled.hire(pool="heavy"), pooled.hire(), pooled.hire(pool="heavy")
+    busy.life = Life.STARTING
+    for name in (b"given", b"open"):
+        pooled.receive(name, listener=1)
+    pooled.board.states[1] = State.OPEN
+    dead.life = Life.DEAD
+    assert pooled.dispatcher.recover(dead, 1.0) == {"redispatched": 1, "ended": 1}
+    assert pooled.dispatcher.queued_in("heavy") == 2  # though a worker of another pool is idle
+    busy.life = Life.READY
+    pooled.dispatcher.pump()
+    assert [head.kind for head, _ in pooled.heard(busy)] == [Down.ASSIGN, Down.END]
+    assert pooled.heard(idle) == []
+
+
+def test_a_returned_client_waits_for_its_own_pool(pooled: Office) -> None:
+    heavy, idle = pooled.hire(pool="heavy"), pooled.hire()
+    pooled.receive(listener=1)
+    pooled.heard(heavy)
+    pooled.dispatcher.returned(heavy, 0, 1)
+    assert pooled.dispatcher.queued_in("heavy") == 1
+    pooled.dispatcher.writable(heavy)
+    assert len(pooled.heard(heavy)) == 1
+    assert pooled.heard(idle) == []
+
+
+def test_who_waits_follows_the_listener_to_another_pool(pooled: Office) -> None:
+    """A reload gave it one, or took the old one away."""
+    for listener, name in ((1, b"a"), (0, b"b"), (1, b"c")):
+        pooled.receive(name, listener=listener)
+    pooled.dispatcher.configure(pooled.server, (COMMON, COMMON))
+    assert pooled.dispatcher.queued_in(COMMON) == 3
+    common = pooled.hire()
+    pooled.dispatcher.pump()
+    assert sorted(body for _, body in pooled.heard(common)) == [b"a", b"b", b"c"]
+    pooled.dispatcher.configure(pooled.server, (COMMON, "other"))
+    pooled.receive(b"d", listener=1)
+    assert pooled.heard(common) == []
+    other = pooled.hire(pool="other")
+    pooled.dispatcher.pump()
+    assert [body for _, body in pooled.heard(other)] == [b"d"]
 
 
 # A client that has its head from Apache.

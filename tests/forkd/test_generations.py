@@ -1,5 +1,6 @@
 """Reload and recycling as a policy: nothing is forked, the workers are entries in a list and the clock is a number."""
 
+import collections
 import itertools
 import logging
 from collections.abc import Callable
@@ -16,11 +17,10 @@ from forkd.generations import (
     JITTER,
     LEAVING_MAX,
     READY_SECS,
-    WORKERS_WANTED_MAX,
     Generations,
 )
 from forkd.peer import Life, Peer
-from forkd.settings import Server, Settings, Workers
+from forkd.settings import COMMON, WORKERS_WANTED_MAX, PoolSettings, Server, Settings, Workers
 
 DRAIN_SECS = 100.0
 
@@ -61,9 +61,11 @@ class Town:
     def births(self) -> list[Peer]:
         """Start all that is missing, as the supervisor does at once; returns the newborn."""
         born = []
-        while (generation := self.generations.missing(self.now)) is not None:
+        while (missing := self.generations.missing(self.now)) is not None:
+            generation, pool = missing
             number = next(self._births)
-            peer = Peer(number, generation.number, 10_000 + number, -1, Channel(), self._board.row(number))  # type: ignore[arg-type]
+            channel: Any = Channel()
+            peer = Peer(number, generation.number, 10_000 + number, -1, channel, self._board.row(number), pool)
             peer.stream_limit = self.generations.limit_of(generation)
             self.peers.append(peer)
             born.append(peer)
@@ -99,13 +101,16 @@ class Town:
     def lives(self) -> list[Life]:
         return [peer.life for peer in self.peers]
 
-    def serving(self) -> list[Peer]:
-        return [peer for peer in self.peers if peer.life is Life.READY]
+    def serving(self, pool: str = "") -> list[Peer]:
+        return [peer for peer in self.peers if peer.life is Life.READY and pool in ("", peer.pool)]
 
 
-def settings(count: int = 2, drain: float = DRAIN_SECS, **workers: Any) -> Settings:
+def settings(count: int = 2, drain: float = DRAIN_SECS, heavy: int = 0, **workers: Any) -> Settings:
+    """`heavy`: so many workers in a pool of that name, if any."""
     return Settings(
-        server=Server(socket_path="unused", drain_timeout_secs=drain), workers=Workers(count=count, **workers)
+        server=Server(socket_path="unused", drain_timeout_secs=drain),
+        workers=Workers(count=count, **workers),
+        pools={"heavy": PoolSettings(count=heavy)} if heavy else {},
     )
 
 
@@ -168,7 +173,7 @@ def test_there_is_no_moment_without_a_ready_worker_and_none_too_many_in_the_end(
             town.die(*[peer for peer in town.peers if peer.life is Life.DRAINING])
             town.tick()
             town.births()
-        assert town.lives() == [Life.READY] * town.generations.current.wanted, order
+        assert town.lives() == [Life.READY] * town.generations.current.size, order
         assert not town.generations.reloading
         assert not town.killed
 
@@ -264,7 +269,7 @@ def test_a_reload_is_abandoned_after_three_deaths(caplog: pytest.LogCaptureFixtu
     assert len(town.killed) == 1
     town.die(new[3])
     assert town.births() == []
-    assert town.generations.current.wanted == 2
+    assert town.generations.current.size == 2
 
 
 def test_a_reload_is_abandoned_after_a_minute(caplog: pytest.LogCaptureFixture) -> None:
@@ -411,7 +416,7 @@ def test_fewer_during_a_reload_leaves_no_worker_too_many() -> None:
     town.generations.resize(-1, town.now)
     town.ready(*[peer for peer in new if peer.life is Life.STARTING])
     town.tick()
-    assert len(town.serving()) == town.generations.current.wanted == 2
+    assert len(town.serving()) == town.generations.current.size == 2
 
 
 # Recycling.
@@ -626,3 +631,117 @@ def test_a_shutdown_forgets_recycling() -> None:
     town.generations.forget()
     town.ready(replacement)
     assert heard(victim) == []  # the master tells everyone itself
+
+
+# Pools.
+
+
+def by_pool(peers: list[Peer]) -> dict[str, int]:
+    return dict(collections.Counter(peer.pool for peer in peers))
+
+
+def test_every_pool_has_its_own_workers_and_the_dead_are_replaced_where_they_were() -> None:
+    town = Town(count=2, heavy=3)
+    town.started()
+    assert by_pool(town.serving()) == {COMMON: 2, "heavy": 3}
+    for pool in (COMMON, "heavy"):
+        town.die(town.serving(pool)[0])
+        (replacement,) = town.births()
+        assert replacement.pool == pool
+        town.ready(replacement)
+    assert by_pool(town.serving()) == {COMMON: 2, "heavy": 3}
+
+
+def test_a_reload_waits_for_the_last_worker_of_the_last_pool_and_changes_its_count() -> None:
+    town = Town(count=2, heavy=3)
+    old = town.started()
+    new = town.reload(count=1, heavy=2)
+    assert by_pool(new) == {COMMON: 1, "heavy": 2}
+    town.ready(*new[:-1])
+    spare = town.generations.resize(1, town.now)
+    assert spare == 3
+    town.ready(*town.births())  # as many are ready as the configuration has, but not all of the pool
+    town.tick()
+    assert all(peer.generation == 1 for peer in town.serving())
+    town.ready(new[-1])
+    assert by_pool(town.serving()) == {COMMON: 2, "heavy": 2}
+    assert all(heard(peer) == [Down.DRAIN] for peer in old)
+
+
+def test_pools_come_and_go_with_reloads() -> None:
+    town = Town(count=1)
+    (old,) = town.started()
+    town.ready(*town.reload(count=1, heavy=2))
+    assert by_pool(town.serving()) == {COMMON: 1, "heavy": 2}
+    town.die(old)
+    town.ready(*town.reload(count=1))
+    assert by_pool(town.serving()) == {COMMON: 1}
+    assert town.births() == []
+
+
+def test_of_the_coming_generation_a_few_start_at_a_time_whatever_their_pools() -> None:
+    town = Town(births_at_once=2, count=1, heavy=3)
+    town.started()
+    assert by_pool(town.reload(count=1, heavy=3)) == {COMMON: 1, "heavy": 1}
+
+
+def test_one_more_and_one_fewer_are_the_common_pools() -> None:
+    town = Town(count=1, heavy=2)
+    town.started()
+    for _ in range(3):
+        assert town.generations.resize(-1, town.now) == 1
+    assert by_pool(town.serving()) == {COMMON: 1, "heavy": 2}
+    assert town.generations.resize(5000, town.now) == WORKERS_WANTED_MAX - 2
+    assert town.generations.resize(5000, town.now) == WORKERS_WANTED_MAX - 2
+
+
+def test_a_worker_is_recycled_when_another_of_its_own_pool_is_ready() -> None:
+    town = Town(count=1, heavy=1, max_streams=10)
+    common, heavy = town.started()
+    heavy.given = heavy.stream_limit
+    town.tick()
+    (heir,) = town.births()
+    assert heir.pool == "heavy"
+    common.given = common.stream_limit
+    town.die(common)
+    (other,) = town.births()
+    town.ready(other)  # which is no reason for `heavy` to go
+    assert heavy.life is Life.READY
+    town.ready(heir)
+    assert heavy.life is Life.DRAINING
+    assert by_pool(town.serving()) == {COMMON: 1, "heavy": 1}
+
+
+def test_there_is_no_moment_without_a_ready_worker_in_any_pool() -> None:
+    """Whatever is asked for in whatever order."""
+
+    def first_of(town: Town, life: Life, pool: str) -> list[Peer]:
+        return [peer for peer in town.peers if peer.life is life and peer.pool == pool][:1]
+
+    def wear_out(town: Town) -> None:
+        for peer in town.serving("heavy")[:1]:
+            peer.given = peer.stream_limit
+
+    acts: list[Callable[[Town], object]] = [
+        lambda town: town.generations.ask(settings(count=1, heavy=2, max_streams=10), town.now),
+        lambda town: town.generations.resize(-1, town.now),
+        lambda town: town.ready(*first_of(town, Life.STARTING, "heavy")),
+        lambda town: town.ready(*first_of(town, Life.STARTING, COMMON)),
+        wear_out,
+        Town.tick,
+    ]
+    for order in itertools.product(acts, repeat=4):
+        town = Town(count=2, heavy=1, max_streams=10)
+        town.started()
+        for act in order:
+            act(town)
+            town.births()
+            assert town.serving(COMMON), order
+            assert town.serving("heavy"), order
+        for _ in range(5):
+            town.ready(*[peer for peer in town.peers if peer.life is Life.STARTING])
+            town.die(*[peer for peer in town.peers if peer.life is Life.DRAINING])
+            town.tick()
+            town.births()
+        assert by_pool(town.serving()) == town.generations.current.wanted, order
+        assert len(town.peers) == town.generations.current.size, order

@@ -11,14 +11,19 @@ import pytest
 
 from forkd.board import Board, Figures
 from forkd.metrics import SPECS
-from forkd.overview import HEALTHY_SECS, Overview, Status, WorkerStatus
+from forkd.overview import HEALTHY_SECS, Overview, PoolStatus, Status, WorkerStatus
 
 
 def overview(board: Board, pid: int = 0) -> Overview:
     return Overview(board, pid or os.getpid(), time.monotonic() - 60)
 
 
-def beat(board: Board, *, ago: float = 0.0, stage: str = "running", ready: int = 1, room: int = 5) -> None:
+def beat(
+    board: Board, *, ago: float = 0.0, stage: str = "running", ready: int = 1, room: int = 5, heavy: int = 2
+) -> None:
+    """`heavy`: workers of that pool that are ready."""
+    board.pool_row(0).store("common", ready=ready, wanted=2, queued=0)
+    board.pool_row(1).store("heavy", ready=heavy, wanted=2, queued=2)
     board.master_row().store(
         beat_ms=int((time.monotonic() - ago) * 1000),
         stage=stage,
@@ -30,6 +35,7 @@ def beat(board: Board, *, ago: float = 0.0, stage: str = "running", ready: int =
         capacity=100,
         room=room,
         wanted=4,
+        pools=2,
     )
 
 
@@ -40,6 +46,10 @@ def test_the_master() -> None:
     assert (status.pid, status.generation, status.stage, status.obstacle) == (os.getpid(), 3, "running", None)
     assert (status.streams, status.queued, status.peak, status.capacity) == (12, 2, 40, 100)
     assert (status.ready_workers, status.wanted_workers) == (1, 4)
+    assert status.pools == (
+        PoolStatus(name="common", ready_workers=1, wanted_workers=2),
+        PoolStatus(name="heavy", ready_workers=2, wanted_workers=2, queued=2),
+    )
     assert 60 <= status.uptime_secs < 90
     assert status.silent_secs < 30
 
@@ -47,7 +57,7 @@ def test_the_master() -> None:
 def test_a_worker() -> None:
     board = Board(1)
     beat(board)
-    board.peer_row(1).store_born(101, 2)
+    board.peer_row(1).store_born(101, 2, "heavy")
     board.peer_row(1).store("ready", 9, late=True)
     row = board.row(1)
     row.store_totals(50, 40, 1, 9000)
@@ -75,6 +85,7 @@ def test_a_worker() -> None:
         cpu_percent=12.3,
         streams_per_sec=3.0,
         stuck_handlers=2,
+        pool="heavy",
         note="two are stuck",
     )
 
@@ -96,6 +107,7 @@ def test_who_is_gone_is_not_there_and_who_comes_after_is_a_restart() -> None:
     [
         ({}, None),
         ({"ready": 0}, "no worker is ready"),
+        ({"heavy": 0}, "no worker of the pool heavy is ready"),
         ({"room": 0}, "no room for another stream"),
         ({"stage": "draining"}, "the master is draining"),
         ({"ago": HEALTHY_SECS + 2}, "the master has been silent for 7 s"),
@@ -133,10 +145,17 @@ def test_gauges_have_a_definition_each_and_no_file() -> None:
     beat(board)
     board.peer_row(1).store_born(101, 1)
     board.row(1).store_figures(Figures(rss_bytes=1))
-    for name, worker, _ in overview(board).gauges():
+    for name, label, _ in overview(board).gauges():
         assert SPECS[name].kind == "gauge"
         assert not SPECS[name].merge
-        assert SPECS[name].labels == (("worker",) if worker else ())
+        assert bool(SPECS[name].labels) == bool(label)
+    gauges = [gauge for gauge in overview(board).gauges() if gauge[1]]
+    assert [(SPECS[name].labels, label) for name, label, _ in gauges] == [
+        *[(("pool",), "common")] * 3,
+        *[(("pool",), "heavy")] * 3,
+        (("worker",), "1"),
+    ]
+    assert ("forkd_pool_queued_handoffs", "heavy", 2) in gauges
     shown = {name for name, _, _ in overview(board).gauges()}
     assert shown == {name for name, spec in SPECS.items() if spec.kind == "gauge" and not spec.merge}
 
@@ -166,6 +185,7 @@ def test_what_an_older_version_says_can_be_read() -> None:
     )
     status = msgspec.json.decode(old, type=Status)
     assert status.workers[0].rss_bytes == 0
+    assert (status.workers[0].pool, status.pools) == ("common", ())
     assert status.wanted_workers is None
 
 

@@ -99,6 +99,21 @@ def test_workers_with_something_to_say_say_it() -> None:
     assert [line for line in lines if "stuck" in line] == [f"worker {index}: stuck" for index in (1, 3, 5)]
 
 
+def test_a_worker_of_a_pool_is_told_from_the_others_even_in_80_columns() -> None:
+    figures = {"rss_bytes": 40 << 20, "oldest_stream_secs": 299.0, "streams": 15_000, "pid": 4_194_304}
+    view = Panel(status(worker(1, **figures), worker(3, pool="heavy", **figures), worker(4, pool="x" * 32, **figures)))
+    lines = shown(view)[-3:]
+    assert [line[:12] for line in lines] == ["worker 1    ", "3 (heavy)   ", "4 (xxxxxxxx "]
+    assert {line[12:] for line in lines} == {lines[0][12:]}
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0].endswith("4 m 59 s")
+    assert [line.partition(" ready")[0].split("  ")[0] for line in shown(view, width=130)[-3:]] == [
+        "worker 1",
+        "worker 3 (heavy)",
+        f"worker 4 ({'x' * 32})",
+    ]
+
+
 def test_newer_generations_come_first() -> None:
     lines = shown(Panel(status(worker(1, state="draining"), worker(2, state="draining"), worker(3, generation=2))))
     assert [line.split()[1] for line in lines[-3:]] == ["3", "1", "2"]

@@ -14,7 +14,17 @@ import pytest
 from forkd import config, reload
 from forkd.config import ConfigError, Loaded
 from forkd.reload import FIXED, TIMEOUT_SECS, Reader, settle
-from forkd.settings import ListenerSettings, Logging, Metrics, MockBackend, Server, Settings, TypingBackend, Workers
+from forkd.settings import (
+    ListenerSettings,
+    Logging,
+    Metrics,
+    MockBackend,
+    PoolSettings,
+    Server,
+    Settings,
+    TypingBackend,
+    Workers,
+)
 from tests.harness import own_fds, wait_for
 
 
@@ -91,6 +101,32 @@ def test_a_listener_that_is_kept_keeps_its_backend(own: dict[str, Any]) -> None:
     assert kept == ["listeners"]
     assert settled.listeners == old.listeners
     assert settled.backends == {"mock": MockBackend(token_delay_ms=1), "slow": MockBackend(token_delay_ms=9)}
+
+
+def test_a_listeners_pool_and_the_pools_may_change() -> None:
+    old = Settings(server=server(), listeners=[ListenerSettings(path="/x")])
+    new = Settings(
+        server=server(), listeners=[ListenerSettings(path="/x", pool="heavy")], pools={"heavy": PoolSettings(count=2)}
+    )
+    assert settle(old, new) == (new, [])
+    assert settle(new, old) == (old, [])
+
+
+def test_listeners_that_are_kept_keep_their_pools_and_no_others() -> None:
+    old = Settings(
+        server=server(),
+        listeners=[ListenerSettings(path="/x", pool="a"), ListenerSettings(path="/y", pool="b")],
+        pools={"a": PoolSettings(count=2), "b": PoolSettings(count=3)},
+    )
+    new = Settings(
+        server=server(),
+        listeners=[ListenerSettings(path="/x", pool="a"), ListenerSettings(path="/z", pool="c")],
+        pools={"a": PoolSettings(count=5), "c": PoolSettings(count=6)},
+    )
+    settled, kept = settle(old, new)
+    assert kept == ["listeners"]
+    assert settled.listeners == old.listeners
+    assert settled.pools == {"a": PoolSettings(count=5), "b": PoolSettings(count=3)}
 
 
 def test_every_key_that_is_fixed_exists() -> None:

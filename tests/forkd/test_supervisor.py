@@ -21,7 +21,7 @@ from forkd.ledger import Ledger
 from forkd.logs import Logs, Sink
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
-from forkd.settings import Server, Settings, Workers
+from forkd.settings import COMMON, Server, Settings, Workers
 from forkd.supervisor import LATE_SECS, TICK_SECS, Supervisor
 from tests.harness import wait_for
 
@@ -82,20 +82,24 @@ class House:
             for key, mask in self.selector.select(0.05):
                 key.data.on_ready(mask)
 
-    def receive(self, payload: bytes = b"{}") -> socket.socket:
+    def receive(self, payload: bytes = b"{}", listener: int = 0) -> socket.socket:
         client, server = socket.socketpair()
-        self.dispatcher.receive(server.detach(), -1, payload, 0, 0, 0.0)
+        self.dispatcher.receive(server.detach(), -1, payload, 0, listener, 0.0)
         self.dispatcher.dispatch()
         return client
 
-    def start(self, count: int) -> None:
-        """Have so many workers, ready."""
-        self.supervisor.generations.current.wanted = count
+    def start(self, count: int, heavy: int = 0) -> None:
+        """Have so many workers, ready, and so many in a pool for listener 1."""
+        wanted = self.supervisor.generations.current.wanted
+        wanted[COMMON] = count
+        if heavy:
+            wanted["heavy"] = heavy
+            self.dispatcher.configure(Server(), (COMMON, "heavy"))
         self.supervisor.maintain(time.monotonic())
-        self.turn_until(lambda: self.supervisor.ready == count, "all are ready")
+        self.turn_until(lambda: self.supervisor.complete, "all are ready")
 
     def close(self) -> None:
-        self.supervisor.generations.current.wanted = 0
+        self.supervisor.generations.current.wanted.clear()
         self.supervisor.kill()
         self.turn_until(lambda: not self.peers, "all are gone")
         self.dispatcher.give_up_all("shutdown")
@@ -154,7 +158,7 @@ def test_a_dead_worker_is_replaced_at_once_under_its_index(tmp_path: Path) -> No
 
 def test_deaths_before_ready_back_off_and_a_wave_counts_once(tmp_path: Path) -> None:
     with house(tmp_path, stillborn) as own:
-        own.supervisor.generations.current.wanted = 4
+        own.supervisor.generations.current.wanted[COMMON] = 4
         delays = []
         now = time.monotonic()
         for _ in range(9):
@@ -190,7 +194,7 @@ def test_reports_of_a_worker_that_died_with_messages_unread_are_heard(tmp_path: 
     with house(tmp_path, report_and_die) as own:
         own.start(1)
         victim = own.peers[0]
-        own.supervisor.generations.current.wanted = 0
+        own.supervisor.generations.current.wanted[COMMON] = 0
         client = own.receive()
         look = os.WEXITED | os.WNOWAIT | os.WNOHANG
         wait_for(lambda: os.waitid(os.P_PID, victim.pid, look), "it has reported and died")
@@ -217,7 +221,7 @@ def test_a_silent_heart_makes_late_then_aborted_then_killed(tmp_path: Path) -> N
             own.supervisor.tick(time.monotonic())
         assert peer.killed_at_tick
         assert "silent for 10 s: ending it" in own.log.read_text()
-        own.supervisor.generations.current.wanted = 0
+        own.supervisor.generations.current.wanted[COMMON] = 0
         for _ in range(int(1 / TICK_SECS)):
             assert peer in own.peers
             own.supervisor.tick(time.monotonic())
@@ -289,7 +293,7 @@ def test_a_worker_that_cannot_be_watched_is_not_left_behind(tmp_path: Path, monk
         raise OSError(24, "Too many open files")
 
     with house(tmp_path, ready) as own:
-        own.supervisor.generations.current.wanted = 1
+        own.supervisor.generations.current.wanted[COMMON] = 1
         with monkeypatch.context() as patch:
             patch.setattr(os, "pidfd_open", no_pidfd)
             own.supervisor.maintain(time.monotonic())
@@ -329,7 +333,7 @@ def test_a_message_is_told_again_with_each_tick(tmp_path: Path) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 channel.send_down(peer.channel, Assignment(9, 1, Down.ASSIGN, 0, 0, 0.0), b"x", ())
-        own.supervisor.generations.current.wanted = 0
+        own.supervisor.generations.current.wanted[COMMON] = 0
         peer.tell(Down.DRAIN)
         assert peer.untold
         os.kill(peer.pid, signal.SIGCONT)
@@ -354,3 +358,40 @@ def test_a_worker_that_does_not_get_ready_does_not_hold_up_a_stop(tmp_path: Path
         own.supervisor.drain()
         own.turn_until(lambda: not own.peers, "it is gone")
         assert "was killed" not in own.log.read_text()  # nothing to report: nobody lost anything
+
+
+def test_pools_share_the_numbers_but_not_the_workers(tmp_path: Path) -> None:
+    def tell_pool(boot: Boot) -> None:
+        (tmp_path / f"pool {boot.index}").write_text(boot.pool)
+        ready(boot)
+
+    with house(tmp_path, tell_pool) as own:
+        own.start(2, heavy=2)
+        pools = {peer.index: peer.pool for peer in own.peers}
+        assert pools == {1: COMMON, 2: COMMON, 3: "heavy", 4: "heavy"}
+        assert {index: own.board.peer_row(index).pool for index in pools} == pools
+        assert {index: (tmp_path / f"pool {index}").read_text() for index in pools} == pools
+        for number, victim in enumerate([own.peers[2], own.peers[0]], 1):
+            os.kill(victim.pid, signal.SIGKILL)
+            own.turn_until(lambda victim=victim: victim not in own.peers, "its death is seen")  # type: ignore[misc]
+            assert not own.supervisor.complete
+            assert own.supervisor.ready_in(victim.pool) == 1
+            own.turn_until(lambda: own.supervisor.complete, "another is ready")
+            assert {peer.index: peer.pool for peer in own.peers} == pools
+            assert own.log.read_text().count("was killed by SIGKILL") == number
+
+
+def test_during_a_drain_a_worker_is_born_for_the_orphans_of_its_pool_alone(tmp_path: Path) -> None:
+    with house(tmp_path, ready) as own:
+        own.start(1, heavy=1)
+        common, victim = own.peers
+        client = own.receive(listener=1)
+        for peer in own.peers:
+            os.kill(peer.pid, signal.SIGSTOP)  # they would be gone at once
+        own.supervisor.drain()
+        os.kill(victim.pid, signal.SIGKILL)
+        own.turn_until(lambda: own.supervisor.ready == 1, "another is born")
+        own.turn_until(lambda: not own.dispatcher.queued, "it has the orphan")
+        assert [(peer.pool, peer.active) for peer in own.peers] == [(COMMON, 0), ("heavy", 1)]
+        os.kill(common.pid, signal.SIGCONT)
+        client.close()

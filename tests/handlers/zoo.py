@@ -165,6 +165,14 @@ def collects(handoff: Handoff) -> Iterator[str]:
     yield str(gc.isenabled())
 
 
+def computes(handoff: Handoff) -> Iterator[str]:
+    """Never waits for anything, and has no end until the test lets it."""
+    yield "word"
+    while not os.path.exists(handoff.data["until"]):
+        sum(range(100_000))
+    yield " of wisdom"
+
+
 def empty(handoff: Handoff) -> Iterator[str]:
     """Has nothing to say."""
     yield from ()
