@@ -56,6 +56,11 @@ def streams(forkd: Forkd) -> dict[str, int]:
     return found
 
 
+def pools(forkd: Forkd) -> dict[str, int]:
+    """How many workers each pool is to have."""
+    return {pool["name"]: pool["wanted_workers"] for pool in status(forkd)["pools"]}
+
+
 def titles(forkd: Forkd) -> list[str]:
     return sorted(psutil.Process(pid).cmdline()[0].partition(" streams=")[0] for pid in forkd.workers())
 
@@ -165,7 +170,7 @@ def test_reloads_and_an_upgrade_change_the_pools_and_cut_no_stream(tmp_path: Pat
         hand_down(forkd)
         newest = [compute(forkd, until) for _ in range(2)]
         begun(newest)
-        assert [pool["wanted_workers"] for pool in status(forkd)["pools"]] == [1, 2]
+        wait_for(lambda: pools(forkd) == {"common": 1, "heavy": 2}, "the new master has as many")
 
         listener = {"path": str(tmp_path / "heavy.sock"), "backend": "computes"}
         file = tmp_path / "forkd.yaml"
@@ -174,7 +179,7 @@ def test_reloads_and_an_upgrade_change_the_pools_and_cut_no_stream(tmp_path: Pat
         reload(forkd)
         common = compute(forkd, until, backend="mock")
         assert read_answer(common).complete
-        assert [pool["name"] for pool in status(forkd)["pools"]] == ["common"]
+        wait_for(lambda: pools(forkd) == {"common": 1}, "there is no other pool any more")
         until.touch()
         answers = read_answers([old, waiting, *pair, *newest])
         assert [answer.text for answer in answers] == ["word of wisdom"] * 6
