@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from forkd.logs import Logs
 from forkd.metrics import Metrics
@@ -14,10 +14,16 @@ from workers.offload import Offload
 from workers.starters import Starters
 from workers.upstream.pool import Pool
 
-if TYPE_CHECKING:
-    from workers.execution import Execution
-    from workers.handlers.watch import Handlers
-    from workers.stream import Stream
+
+class Living(Protocol):
+    """A stream, or a program that has one, from its beginning until its client is closed."""
+
+    @property
+    def started_at(self) -> float:
+        """Monotonic seconds."""
+
+    def fail(self, code: str) -> None:
+        """End it, for this of `forkd.reasons`."""
 
 
 @dataclass(slots=True)
@@ -82,12 +88,10 @@ class Context:
     attachments: Attachments
     files: Offload
     """For reading and deleting attachments beside the loop."""
-    handlers: "Handlers"
-    """Those who run users' handlers."""
     starters: Starters
     finished: list[tuple[int, int]] = field(default_factory=list)
     started: int = 0
     completed: int = 0
     failed: int = 0
     sent_bytes: int = 0
-    streams: "set[Stream | Execution]" = field(default_factory=set)
+    streams: set[Living] = field(default_factory=set)

@@ -7,14 +7,11 @@ streams began, takes a millisecond.
 import time
 from collections.abc import Collection
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from forkd.board import Figures
 from forkd.process import Usage
-
-if TYPE_CHECKING:
-    from workers.execution import Execution
-    from workers.stream import Stream
+from workers.context import Living
 
 _SHORTEST_SECS: Final = 0.1
 """Over less time than this, a rate says nothing."""
@@ -31,7 +28,7 @@ class Measure:
         self._cpu_secs = self._usage.cpu_secs()
         self._started = 0
 
-    def take(self, started: int, streams: "Collection[Stream | Execution]", stuck: int = 0) -> Figures:
+    def take(self, started: int, streams: Collection[Living], stuck: int = 0) -> Figures:
         """The figures now. `started` counts the streams so far, `streams` are those that live; `stuck` counts
         handlers.
         """

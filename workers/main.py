@@ -87,16 +87,16 @@ class Worker:
             },
             attachments=Attachments(settings.server.data_dir),
             files=Offload(self._loop),
-            handlers=Handlers(self._loop, boot.logs.logger, backends),
             starters=Starters(self._loop, boot.board.programs, settings),
         )
         if self._context.metrics.fault is not None:
             boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)
-        self._reception = Reception(self._context)
+        self._handlers = Handlers(self._loop, boot.logs.logger, backends)
+        self._reception = Reception(self._context, self._handlers)
         self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
         self._title = process.Title()
         self._collector = process.Collector()
-        self._context.handlers.begin()
+        self._handlers.begin()
         self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
         self._draining = False
@@ -132,7 +132,7 @@ class Worker:
                 self._report()
             context.logs.sink.flush()
         given_up_at = loop.now + LAST_SECS
-        while (context.files.pending or context.handlers.unfinished) and loop.now < given_up_at:
+        while (context.files.pending or self._handlers.unfinished) and loop.now < given_up_at:
             loop.turn()
         self._store_totals()
         context.metrics.flush()
@@ -233,7 +233,7 @@ class Worker:
         self._row.store_streams(live)
         self._store_totals()
         self._look_after_handlers()
-        self._row.store_figures(self._measure.take(context.started, context.streams, context.handlers.stuck))
+        self._row.store_figures(self._measure.take(context.started, context.streams, self._handlers.stuck))
         context.logs.tell_repeats()
         dropped = context.logs.sink.take_dropped()
         if dropped:
@@ -248,7 +248,7 @@ class Worker:
         self._loop.after(HOUSEKEEPING_TICKS, _Callback(self._housekeeping))
 
     def _look_after_handlers(self) -> None:
-        handlers = self._context.handlers
+        handlers = self._handlers
         handlers.look()
         if (note := handlers.note()) != self._note:
             self._row.store_note(note)

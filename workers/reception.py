@@ -22,6 +22,7 @@ from workers.backends.handler import HandlerBackend
 from workers.bare import BareStream
 from workers.context import Context
 from workers.execution import Claim, Execution
+from workers.handlers.watch import Handlers
 from workers.paced import PacedSource
 from workers.relay import RelaySource
 from workers.request import Request, parse
@@ -33,8 +34,9 @@ _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing from some builds of
 class Reception:
     """Takes clients in. Every method owns the fds it is given: each is closed or belongs to a stream on return."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, handlers: Handlers) -> None:
         self._context = context
+        self._handlers = handlers
         self._listeners = context.settings.all_listeners()
         self._bare = {index: _given(listener) for index, listener in enumerate(self._listeners) if listener.bare}
         """What is asked by every handoff of a listener whose senders send no data."""
@@ -95,7 +97,17 @@ class Reception:
         if isinstance(backend, ExecBackend):
             self._execute(stream, backend, request, head)
         else:
-            stream.begin(backend, _source(context, stream, backend, request))
+            stream.begin(backend, self._source(stream, backend, request))
+
+    def _source(self, stream: Stream, backend: Backend, request: Request) -> Source:
+        """The source that drives this shape of backend."""
+        context = self._context
+        if isinstance(backend, HttpBackend):
+            return RelaySource(context, stream, backend, request)
+        if isinstance(backend, HandlerBackend):
+            return self._handlers.source(context, stream, backend, request)
+        assert isinstance(backend, PacedBackend)
+        return PacedSource(context, stream, backend.steps(request.data))
 
     def _execute(self, stream: Stream, backend: ExecBackend, request: Request, head: Assignment) -> None:
         """Have a program answer, if there may be one more of them."""
@@ -203,13 +215,3 @@ class Reception:
 def _given(listener: ListenerSettings) -> Request:
     """What a listener asks in place of its senders."""
     return parse(msgspec.json.encode(listener.data or {}), envelopes=False)
-
-
-def _source(context: Context, stream: Stream, backend: Backend, request: Request) -> Source:
-    """The source that drives this shape of backend."""
-    if isinstance(backend, HttpBackend):
-        return RelaySource(context, stream, backend, request)
-    if isinstance(backend, HandlerBackend):
-        return context.handlers.source(context, stream, backend, request)
-    assert isinstance(backend, PacedBackend)
-    return PacedSource(context, stream, backend.steps(request.data))

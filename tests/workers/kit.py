@@ -16,7 +16,6 @@ from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.attachments import Attachments
 from workers.context import Context, Timings
-from workers.handlers.watch import Handlers
 from workers.loop import Loop, Ready, Selector
 from workers.offload import Offload
 from workers.request import Request, parse
@@ -81,7 +80,6 @@ class World:
             pools={},
             attachments=Attachments(None),
             files=Offload(self.loop),
-            handlers=Handlers(self.loop, logs.logger, {}),
             starters=Starters(self.loop, self.board.programs, settings),
         )
         self.loop.turn()

@@ -10,6 +10,7 @@ from forkd.handler import Event, Handoff
 from tests.workers.kit import World
 from workers import sse
 from workers.handlers.run import BadYield, Run
+from workers.handlers.watch import Handlers
 
 
 class Letters:
@@ -54,7 +55,7 @@ def test_an_event_that_is_none() -> None:
 def test_a_module_that_configures_logging_does_not_silence_forkd(world: World) -> None:
     handlers = logging.getLogger().handlers[:]
     logging.config.dictConfig({"version": 1})  # which disables all loggers that there are
-    world.context.handlers.look()
+    Handlers(world.loop, world.context.logs.logger, {}).look()
     world.context.log.warning("heard")
     assert "heard" in world.log.read_text()
     logging.getLogger().handlers[:] = handlers

@@ -11,13 +11,9 @@ From the asker's side `cancel` ends it at once, and `release` lets an answer tha
 so that its connection can be used again. After either, nothing is told any more.
 """
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from workers.upstream.message import HttpRequest
-
-if TYPE_CHECKING:
-    from workers.upstream.http1 import Http1
-    from workers.upstream.http2 import Http2
 
 
 class Failure(NamedTuple):
@@ -47,6 +43,17 @@ class Receiver(Protocol):
     def crashed(self, error: Exception) -> None: ...
 
 
+class Carrier(Protocol):
+    """What a connection is to the exchange that it carries."""
+
+    def pause(self, exchange: "Exchange", /) -> None: ...
+    def resume(self, exchange: "Exchange", /) -> None: ...
+    def cancel(self, exchange: "Exchange", /) -> None: ...
+    def release(self, exchange: "Exchange", /) -> None: ...
+    def release_ended(self, exchange: "Exchange", /) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
 class Exchange:
     """One request under way. `number`, `taken` and `paused` are HTTP/2's: see `http2`."""
 
@@ -57,7 +64,7 @@ class Exchange:
         self.request: HttpRequest | None = request
         self.receiver: Receiver = receiver
         self.fresh = fresh
-        self.carrier: Http1 | Http2 | None = None
+        self.carrier: Carrier | None = None
         self.status = 0
         self.number = 0
         self.taken = 0
@@ -101,13 +108,6 @@ class Exchange:
             receiver.failed(failure)
         except Exception as error:
             receiver.crashed(error)
-
-
-class Carrier(Protocol):
-    """What a connection is to the exchange that it carries."""
-
-    def release_ended(self, exchange: "Exchange") -> None: ...
-    def crashed(self, error: Exception) -> None: ...
 
 
 class ReleaseEnd:
