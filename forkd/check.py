@@ -162,6 +162,9 @@ def _measures(settings: Settings) -> Iterator[Finding]:
         yield Finding(Level.OK, f"pool {pool}", f"{own} worker{'s' if own > 1 else ''} of its own, for {paths}")
     if os.geteuid() == 0 and server.user is None:
         yield Finding(Level.WARNING, "user", "workers would run as root: name a user in server.user")
+    elif os.geteuid() != 0 and server.user is not None and not process.runs_as(server.user):
+        text = f"only root can become server.user: forkd would run as {process.own_user()}"
+        yield Finding(Level.WARNING, "user", text)
     limit, capacity = _room(server, count)
     if not capacity:
         yield Finding(Level.FAULT, "capacity", f"the limit of open files is {limit}, too low for {count} workers")

@@ -68,6 +68,21 @@ def bind(listen_addr: str) -> socket.socket:
     return sock
 
 
+def is_bound_to(listener: socket.socket, listen_addr: str) -> bool:
+    """Whether `bind(listen_addr)` would give a socket of this address. A name that is not found is not doubted."""
+    host, port = parse_address(listen_addr)
+    bound_host, bound_port = listener.getsockname()[:2]
+    if port not in (0, bound_port):
+        return False
+    if not host:
+        return bound_host in ("::", "0.0.0.0")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return True
+    return any(address[0] == bound_host for *_, address in found)
+
+
 def _listen(host: str, port: int) -> socket.socket:
     if host:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

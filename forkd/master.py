@@ -97,6 +97,9 @@ class Master:
         process.drop_privileges(server.user, server.group, own_fds)
         if os.geteuid() == 0:
             self._log.warning("workers run as root: name a user in server.user")
+        elif server.user is not None and not process.runs_as(server.user):
+            who = process.own_user()
+            self._log.warning("server.user has no effect: forkd was not started as root, and runs as %s", who)
         self._side = heritage.side if heritage is not None else ""
         self._metrics_dir = self._make_metrics_dir()
         self._metrics = Metrics(self._metrics_dir, f"{self._side}master")
@@ -344,12 +347,16 @@ class Master:
             if inherited >= 0:
                 os.close(inherited)  # or whoever asks there would wait for ever
             return None
-        if inherited >= 0:
-            return socket.socket(fileno=inherited)
         # Imported late, because prometheus_client is large, and nothing of it is needed without metrics.
         from forkd import exposition  # noqa: PLC0415
 
         address = self._settings.metrics.listen_addr
+        if inherited >= 0:
+            listener = socket.socket(fileno=inherited)
+            if not exposition.is_bound_to(listener, address):
+                here = exposition.address_of(listener)
+                self._log.warning("metrics stay on http://%s/metrics: only a restart moves them to %s", here, address)
+            return listener
         try:
             listener = exposition.bind(address)
         except OSError as error:
@@ -488,7 +495,7 @@ class Master:
             self._log.warning("%s", warning)
         settings, kept = settle(self._settings, outcome.settings)
         if kept:
-            self._log.warning("only a restart changes %s: left as it was", ", ".join(kept))
+            self._log.warning("a reload leaves %s as it was: restart forkd to change it", ", ".join(kept))
         self._supervisor.reload(settings, time.monotonic())
 
     def _reloaded(self, settings: Settings, succeeded: bool) -> None:

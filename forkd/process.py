@@ -92,6 +92,22 @@ def drop_privileges(user: str | int | None, group: str | int | None, own_fds: It
         os.setuid(uid)
 
 
+def runs_as(user: str | int) -> bool:
+    """Whether this process is that user's (a name or a number)."""
+    try:
+        return os.geteuid() == (user if isinstance(user, int) else pwd.getpwnam(user).pw_uid)
+    except KeyError:
+        return False
+
+
+def own_user() -> str:
+    """Whose process this is, by name if it has one."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def forbid_core_dumps() -> None:
     """No core files: prompts and keys are in memory."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

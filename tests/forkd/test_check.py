@@ -109,6 +109,14 @@ def test_verdicts(run: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(logging={"file": "/nowhere/log"}).verdict == "1 fault, 2 warnings."
 
 
+def test_a_user_that_cannot_be_become(run: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 2)
+    assert run(server={"user": "bin"}).status == 0
+    assert not run(server={"user": "bin"}).about("user")
+    said = run(server={"user": "daemon"})
+    assert said.the("user") == ("warning", "only root can become server.user: forkd would run as bin")
+
+
 def test_a_wrong_configuration_is_told_completely(run: Checker) -> None:
     said = run(workers={"count": "many"}, logging={"levell": "info"})
     assert said.status == 2

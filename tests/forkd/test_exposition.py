@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import values
 
 from forkd.board import Board, Figures
-from forkd.exposition import Collector, Pages, address_of, bind
+from forkd.exposition import Collector, Pages, address_of, bind, is_bound_to
 from forkd.ledger import Ledger
 from forkd.metrics import SPECS, Metrics
 from forkd.overview import HEALTHY_SECS, Overview
@@ -248,3 +248,21 @@ class TestDocumentation:
         assert Ledger.judge.__doc__ is not None
         for outcome in SPECS["forkd_streams_recovered_total"].values:
             assert f'"{outcome}"' in Ledger.judge.__doc__
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked", "same"),
+    [
+        ("127.0.0.1:0", "127.0.0.1:{port}", True),
+        ("127.0.0.1:0", "127.0.0.1:0", True),
+        ("127.0.0.1:0", "localhost:{port}", True),
+        ("127.0.0.1:0", "127.0.0.1:1", False),
+        ("127.0.0.1:0", "0.0.0.0:{port}", False),
+        ("127.0.0.1:0", ":{port}", False),
+        (":0", ":{port}", True),
+        (":0", "127.0.0.1:{port}", False),
+    ],
+)
+def test_whether_a_socket_is_what_an_address_would_give(bound: str, asked: str, same: bool) -> None:
+    with bind(bound) as listener:
+        assert is_bound_to(listener, asked.format(port=listener.getsockname()[1])) is same

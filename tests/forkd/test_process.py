@@ -91,6 +91,16 @@ def test_dropping_privileges_drops_all_of_them() -> None:
     assert "does not exist" in in_a_child(act(54321, None))  # no such number, and no group to go with it
 
 
+def test_whose_process_it_is() -> None:
+    def act() -> list[object]:
+        process.drop_privileges("daemon", None)
+        return [process.own_user(), *(process.runs_as(user) for user in ("daemon", 1, "nobody", 2, "no such user"))]
+
+    if os.geteuid() == 0:
+        assert in_a_child(act) == "['daemon', True, True, False, False, False]"
+    assert process.runs_as(os.geteuid())
+
+
 def test_the_title_is_shown_at_most_once_a_second() -> None:
     def act() -> list[str]:
         title = process.Title()

@@ -106,7 +106,7 @@ def test_keys_that_need_a_restart_are_named_and_the_others_take_effect(tmp_path:
         reload(forkd)
         wait_for_log(
             forkd,
-            "only a restart changes server.socket_path, server.max_connections, metrics.listen_addr: left as it was",
+            "a reload leaves server.socket_path, server.max_connections, metrics.listen_addr as it was: restart forkd",
         )
         assert len(settled_workers(forkd, 3)) == 3
         assert forkd.ask(prompt(backend="quick")).text == "quick as that"

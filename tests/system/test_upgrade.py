@@ -485,6 +485,18 @@ def test_metrics_may_be_given_up_by_an_upgrade(tmp_path: Path) -> None:
         assert len(list((tmp_path / "metrics").iterdir())) == 1
 
 
+def test_metrics_do_not_move_by_an_upgrade(tmp_path: Path) -> None:
+    with daemon(tmp_path) as forkd:
+        host, port = address(forkd)
+        upgrade(forkd)
+        assert "metrics stay on" not in forkd.log()
+        reconfigure(forkd, metrics={"listen_addr": "127.0.0.1:1"})
+        upgrade(forkd)
+        said = f"metrics stay on http://{host}:{port}/metrics: only a restart moves them to 127.0.0.1:1"
+        assert said in forkd.log()
+        assert requests.get(f"http://{host}:{port}/healthz", timeout=5).ok
+
+
 def test_a_variable_that_somebody_else_set(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "forkd.cli", "-s", str(tmp_path / "a.sock")],
