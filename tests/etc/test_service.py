@@ -82,6 +82,21 @@ def test_everything_has_its_place(dest: Path, run: Run) -> None:
     assert stat.S_IMODE((dest / "var/log/forkd").stat().st_mode) == 0o750
 
 
+def test_the_pages_links_lead_somewhere(dest: Path, run: Run) -> None:
+    run("install-service")
+    doc = dest / "usr/local/share/doc/forkd"
+    links = {
+        (page.name, target.partition("#")[0])
+        for page in doc.glob("*.md")
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not target.startswith(("https:", "http:", "#"))
+    }
+    assert {("README.md", "operations.md"), ("any-language.md", "apache/htdocs/stream.php")} <= links
+    dead = {(page, to) for page, to in links if not (dest / to[1:] if to.startswith("/") else doc / to).exists()}
+    assert not dead
+    assert os.access(doc / "apache/examples/stream.cgi", os.X_OK)
+
+
 def test_what_an_operator_edited_stays(dest: Path, run: Run) -> None:
     run("install-service")
     edited = [dest / "etc/forkd.yaml", dest / "etc/logrotate.d/forkd"]
