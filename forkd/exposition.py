@@ -69,7 +69,7 @@ def bind(listen_addr: str) -> socket.socket:
 
 
 def is_bound_to(listener: socket.socket, listen_addr: str) -> bool:
-    """Whether `bind(listen_addr)` would give a socket of this address. A name that is not found is not doubted."""
+    """Whether `bind(listen_addr)` would give a socket of this address. A name that is not found is believed."""
     host, port = parse_address(listen_addr)
     bound_host, bound_port = listener.getsockname()[:2]
     if port not in (0, bound_port):
