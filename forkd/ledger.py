@@ -19,8 +19,8 @@ PAYLOADS_MAX_BYTES: Final = 256 << 20
 ATTEMPTS_MAX: Final = 2
 """A handoff that was being handled when its worker died gets one more chance."""
 TELLINGS_MAX: Final = 5
-"""So many workers may die while they tell a client that its stream is over. What tells it is our own code, so that their
-deaths are most likely not its doing, and a client that is told nothing is what must not be.
+"""So many workers may die while they tell a client that its stream is over. What tells it is our own code, so that
+their deaths are most likely not its doing, and a client that is told nothing is what must not be.
 """
 
 
