@@ -1,6 +1,7 @@
 """What `forkd status` shows: a head of three lines, and a table of the master and its workers.
 
-It is made to be read in 80 columns and without colour; with more of either it gains air, not facts.
+It is made to be read in 80 columns and without colour; with more of either it gains air, not facts. With fewer columns
+it loses facts, whole columns of them, rather than the ends of its numbers.
 """
 
 import time
@@ -16,6 +17,10 @@ from forkd.overview import Status, WorkerStatus
 from forkd.settings import COMMON
 
 _ROOMY_COLUMNS: Final = 90
+_WHOLE_COLUMNS: Final = 80
+_ALL: Final = ("", "pid", "gen", "state", "streams", "new/s", "cpu", "memory", "restarts", "oldest")
+_FEW: Final = ("", "pid", "state", "streams", "cpu", "memory")
+"""What a narrow terminal, a telephone's, has room for."""
 _NOTES_MAX: Final = 3
 _BAR_COLUMNS: Final = 12
 _NAME_COLUMNS: Final = 11
@@ -85,14 +90,14 @@ class Panel:
             f"   up {span(status.uptime_secs)}   generation {status.generation}   ",
             self._workers(),
         )
+        streams = Text.assemble((f"{status.streams:,}", "bold"), f" of {status.capacity:,} streams")
+        bar = _bar(status.streams, max(1, status.capacity))
+        queued = Text(f"{status.queued:,} queued", "yellow" if status.queued else "")
+        rest = (Text(f"peak {status.peak:,}"), queued, Text(f"{rate:,.1f} new/s"))
+        if console.width < _WHOLE_COLUMNS:
+            return [state, Text("   ").join((streams, *rest)), *self._remarks()]
         load = Table.grid(padding=(0, 3, 0, 0))
-        load.add_row(
-            Text.assemble((f"{status.streams:,}", "bold"), f" of {status.capacity:,} streams"),
-            _bar(status.streams, max(1, status.capacity)),
-            f"peak {status.peak:,}",
-            Text(f"{status.queued:,} queued", "yellow" if status.queued else ""),
-            f"{rate:,.1f} new/s",
-        )
+        load.add_row(streams, bar, *rest)
         return [state, load, *self._remarks()]
 
     def _remarks(self) -> list[Text]:
@@ -116,15 +121,16 @@ class Panel:
     def _table(self, console: Console, workers: Iterable[WorkerStatus]) -> Table:
         roomy = console.width >= _ROOMY_COLUMNS
         table = Table(box=None, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="dim")
-        table.add_column("", no_wrap=True, max_width=None if roomy else _NAME_COLUMNS, overflow="crop")
-        for name in ("pid", "gen"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("state", no_wrap=True, min_width=8)
-        for name in ("streams", "new/s", "cpu", "memory", "restarts", "oldest"):
-            table.add_column(name, justify="right", no_wrap=True, min_width=6)
-        table.add_row(*self._master())
-        for worker in workers:
-            table.add_row(*_worker(worker, roomy=roomy))
+        columns = _ALL if console.width >= _WHOLE_COLUMNS else _FEW
+        for name in columns:
+            if not name:
+                table.add_column("", no_wrap=True, max_width=None if roomy else _NAME_COLUMNS, overflow="crop")
+            elif name == "state":
+                table.add_column(name, no_wrap=True, min_width=8)
+            else:
+                table.add_column(name, justify="right", no_wrap=True, min_width=None if name in ("pid", "gen") else 6)
+        for row in (self._master(), *(_worker(worker, roomy=roomy) for worker in workers)):
+            table.add_row(*(cell for name, cell in zip(_ALL, row, strict=False) if name in columns))
         return table
 
     def _master(self) -> Sequence[RenderableType]:

@@ -83,6 +83,17 @@ def test_80_columns_hold_the_largest_of_figures() -> None:
     assert lines[-1].endswith("999 MB     1000 4 m 59 s")
 
 
+def test_less_room_takes_whole_columns() -> None:
+    most = worker(1024, pid=4_194_304, generation=99, state="draining", streams=15_000, cpu_percent=100.0, restarts=7)
+    lines = shown(Panel(status(most, rss_bytes=999 << 20)), width=50)
+    assert all(len(line) <= 50 for line in lines)
+    assert not any("…" in line for line in lines)
+    assert lines[-3].split() == ["pid", "state", "streams", "cpu", "memory"]
+    assert lines[-2].split() == ["master", "4711", "running", "812", "999", "MB"]
+    assert lines[-1].split()[:6] == ["worker", "1024", "4194304", "draining", "15,000", "100.0%"]
+    assert "peak 1,204" in " ".join(" ".join(lines).split())
+
+
 def test_more_room_gives_more_air() -> None:
     view = Panel(status(worker(1)))
     assert len(shown(view, width=120)[-1]) > len(shown(view, width=80)[-1])
