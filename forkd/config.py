@@ -81,6 +81,8 @@ OBSOLETE_VARIABLES: Final[Mapping[str, str]] = {
     "RUST_LOG": "the level is logging.level or DAEMON_LOG_LEVEL",
 }
 
+OWN_USER: Final = "forkd"
+"""Whom `make install` makes."""
 MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un.sun_path less its NUL: unix(7)
 MAX_KEY_FILE_BYTES: Final = 65_536
 _TYPE_NAMES: Final = {
@@ -279,7 +281,8 @@ def _check_principals(key: str, value: str | int | tuple[str | int, ...] | None,
             look_up(name)
         except (KeyError, ValueError):
             here = f"{key}[{index}]" if isinstance(value, tuple) else key
-            walk.fault(here, f"there is no {database} {shown(name)}")
+            hint = "; make install makes it, or name another" if (key, name) == ("server.user", OWN_USER) else ""
+            walk.fault(here, f"there is no {database} {shown(name)}{hint}")
 
 
 def _check_http(key: str, backend: HttpBackend, walk: Walk) -> None:

@@ -96,7 +96,7 @@ class Master:
         own_fds = [listener.lock_fd for listener in self._listeners] + ([logs.sink.fd] if logs.sink.path else [])
         process.drop_privileges(server.user, server.group, own_fds)
         if os.geteuid() == 0:
-            self._log.warning("workers run as root: name a user in server.user")
+            self._log.warning("workers run as root: name a user (server.user; forkd fdrecv: --user)")
         elif server.user is not None and not process.runs_as(server.user):
             who = process.own_user()
             self._log.warning("server.user has no effect: forkd was not started as root, and runs as %s", who)

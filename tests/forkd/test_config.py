@@ -290,6 +290,17 @@ def test_warnings() -> None:
     ]
 
 
+def test_a_missing_user_forkd_is_what_make_install_makes(load_text: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(name: str) -> object:
+        raise KeyError(name)
+
+    monkeypatch.setattr("pwd.getpwnam", nobody)
+    with pytest.raises(ConfigError) as refused:
+        load_text("server: {user: forkd}")
+    said = 'server.user: there is no user "forkd"; make install makes it, or name another'
+    assert refused.value.faults == [said]
+
+
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
