@@ -18,6 +18,7 @@ help:
 	@echo "make bench           forkd beside the physical limit (BENCH_ARGS=..., see scripts/bench/README.md)"
 	@echo "make chaos           reloads, upgrades and kills under load: who notices? (CHAOS_ARGS=--short, docs/chaos.md)"
 	@echo "make module          build the Apache module;  make install-module  install and enable it (root)"
+	@echo "make uninstall-module  disable and remove it (root; PURGE=1: its configuration too)"
 	@echo "make install         install forkd itself into /opt/forkd, with a service for systemd (root)"
 	@echo "make uninstall       remove it, but for configuration and data (root; PURGE=1: those too)"
 
@@ -52,6 +53,9 @@ module:
 install-module:
 	@$(MAKE) -s -C apache install-module
 
+uninstall-module:
+	@$(MAKE) -s -C apache uninstall-module
+
 install:
 	@scripts/install
 
@@ -62,4 +66,4 @@ clean:
 	rm -rf build .venv *.egg-info
 	@$(MAKE) -s -C apache clean
 
-.PHONY: help demo demo-apache test lint bench chaos module install-module install uninstall clean
+.PHONY: help demo demo-apache test lint bench chaos module install-module uninstall-module install uninstall clean
