@@ -229,10 +229,9 @@ class Master:
                 elif self._handed_over and not self._hurried:
                     self._hurry(number)
                 else:
-                    self._stop()
+                    self._stop_at_once(number)
             elif number == signal.SIGQUIT:
-                self._drain(number)
-                self._stop()
+                self._stop_at_once(number)
             elif number == signal.SIGHUP:
                 if hangup:
                     continue  # several in a burst are one
@@ -461,6 +460,14 @@ class Master:
             self._log.info("%s: finishing %d streams, for up to %.0f s", number.name, self._ledger.count, timeout)
             self._upgrade.cancel()
             self._finish(timeout)
+
+    def _stop_at_once(self, number: signal.Signals) -> None:
+        if self._stage is not Stage.STOPPING:
+            self._log.info("%s: ending %d streams", number.name, self._ledger.count)
+        if self._stage is Stage.RUNNING:
+            self._upgrade.cancel()
+            self._finish(0)
+        self._stop()
 
     def _hurry(self, number: signal.Signals) -> None:
         """Told to stop while it finishes what an upgrade left it: as any other, streams have the time of a stop."""

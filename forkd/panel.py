@@ -67,7 +67,8 @@ class Panel:
         workers = sorted(self.status.workers, key=lambda worker: (-worker.generation, worker.index))
         notes = [Text(f"worker {one.index}: {one.note}", "bold red") for one in workers if one.note][:_NOTES_MAX]
         # A note is longer than most terminals are wide.
-        beside = _LINES_BESIDE_ROWS + len(self._remarks()) + (2 * len(notes) + 1 if notes else 0)
+        wrapped = 2 if console.width < _WHOLE_COLUMNS else 0  # of the head
+        beside = _LINES_BESIDE_ROWS + wrapped + len(self._remarks()) + (2 * len(notes) + 1 if notes else 0)
         most = max(2, console.height - beside) if live else None
         shown = workers if most is None or len(workers) < most else workers[: most - 2]
         parts: list[RenderableType] = [*self._head(console), "", self._table(console, shown)]

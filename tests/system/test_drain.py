@@ -158,10 +158,12 @@ def test_a_second_stop_ends_streams_at_once(tmp_path: Path, numbers: tuple[signa
         begun(clients)
         for number in numbers:
             os.kill(forkd.pid, number)
-            wait_for(lambda: "finishing 20 streams" in forkd.log(), "the signal was taken")
+            wait_for(lambda: re.search("(finishing|ending) 20 streams", forkd.log()), "the signal was taken")
         answers = read_answers(clients)
         assert [answer.error["code"] for answer in answers if answer.error] == ["shutdown"] * 20
         left_in_order(forkd, family)
+    assert re.search(rf"{numbers[-1].name}: ending \d+ streams", forkd.log())
+    assert ("for up to" in forkd.log()) is (len(numbers) > 1)
 
 
 def test_clients_that_read_nothing_do_not_hold_up_a_stop(tmp_path: Path) -> None:
