@@ -7,11 +7,10 @@ import signal
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.harness import read_answer, reset, running, wait_for
+from tests.harness import PATIENCE_SECS, read_answer, reset, running, wait_for
 from tests.system.relaying import relaying
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -38,24 +37,30 @@ def upstream(serve: Callable[[socket.socket], None]) -> Iterator[tuple[str, list
     thread.join()
 
 
-def breaks_when_asked(connection: socket.socket) -> None:
-    """HTTP/2 as far as SETTINGS; a request is answered by a RST of TCP."""
-    got = connection.recv(65536)
-    time.sleep(0.1)  # meanwhile many gather
-    connection.sendall(SETTINGS)
-    while b"\x00\x01\x04" not in got and b"prompt" not in got and b"messages" not in got:
-        if not (data := connection.recv(65536)):
-            return
-        got += data
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+def breaks_when_asked(gathered: threading.Event) -> Callable[[socket.socket], None]:
+    """HTTP/2 as far as SETTINGS, once many wait for them; a request is answered by a RST of TCP."""
+
+    def serve(connection: socket.socket) -> None:
+        got = connection.recv(65536)
+        assert gathered.wait(PATIENCE_SECS)
+        connection.sendall(SETTINGS)
+        while b"\x00\x01\x04" not in got and b"prompt" not in got and b"messages" not in got:
+            if not (data := connection.recv(65536)):
+                return
+            got += data
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return serve
 
 
 def test_an_upstream_that_breaks_every_connection_is_asked_so_many_times(tmp_path: Path) -> None:
-    with upstream(breaks_when_asked) as (base, seen):
+    gathered = threading.Event()
+    with upstream(breaks_when_asked(gathered)) as (base, seen):
         backend = {"provider": "openai", "api_base": base, "retries": 1, "http2": {"enabled": "force"}}
         config = {"workers": {"count": 1}, "default_backend": "openai", "backends": {"openai": backend}}
         with running(tmp_path, config=config) as forkd:
             clients = [forkd.hand_over(json.dumps({"prompt": "Hello"}).encode()) for _ in range(60)]
+            gathered.set()
             for client in clients:
                 assert read_answer(client).json["code"] == "backend_reset"
             forkd.wait_for_metric("daemon_backend_errors_total", len(clients), backend="openai")
