@@ -430,6 +430,7 @@ class Master:
             self._each_second(now)
 
     def _each_second(self, now: float) -> None:
+        self._reap_strangers()  # who died behind one of our own, which hides them until it is reaped
         self._collector.tidy(now, idle=not self._ledger.count)
         forgotten = self._ledger.sweep()
         if forgotten:
