@@ -149,7 +149,7 @@ class Collector:
             except Exception:  # struct.error, RuntimeError, ValueError, OSError, KeyError: whatever the damage leads to
                 files = [file for file in files if self._is_whole(file)]
         # Zeros would be a lie, which a counter that falls tells loudly.
-        raise OSError(f"no file in {self._directory} can be read")
+        raise OSError(f"no file of counts in {self._directory} can be read; the log says why")
 
     def _is_whole(self, file: str) -> bool:
         try:
@@ -201,7 +201,10 @@ class Pages:
         overview = self._overview
         if path == "/metrics":
             encode, content_type = choose_encoder(accept)
-            return Reply(HTTPStatus.OK, content_type, encode(self._collector))
+            try:
+                return Reply(HTTPStatus.OK, content_type, encode(self._collector))
+            except OSError as error:
+                return _verdict(str(error))
         if path == "/healthz":
             return _verdict(overview.sickness())
         if path == "/readyz":

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import select
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from tests.harness import (
     Answer,
@@ -902,3 +904,20 @@ def test_a_json_log_stays_json_whatever_comes_in(tmp_path: Path) -> None:
         assert access["user_id"].startswith("\n\x85")
         assert access["status"] == 200
         assert any("response headers refused" in record["message"] for record in records if "message" in record)
+
+
+def test_no_room_for_the_metrics_files(tmp_path: Path) -> None:
+    """A limit on the size of files fails posix_fallocate as a full disk does."""
+    command = ("prlimit", "--fsize=200000", sys.executable, "-m", "forkd.cli")
+    with running(tmp_path, config=CONFIG, command=command) as daemon:
+        assert daemon.ask(GOOD).complete
+        assert daemon.log().count("going on without metrics: ") == 3  # the master and its workers
+        where = re.search(r"metrics on (http://\S+)/metrics", daemon.log())
+        assert where is not None
+        assert requests.get(f"{where[1]}/readyz", timeout=10).status_code == 200
+        scraped = requests.get(f"{where[1]}/metrics", timeout=10)
+        assert scraped.status_code == 503
+        assert "no file of counts" in scraped.text
+        os.kill(daemon.workers()[0], signal.SIGKILL)
+        wait_for(lambda: daemon.log().count(" ready (pid") == 3, "the next worker")
+        assert daemon.ask(GOOD).complete
