@@ -438,11 +438,21 @@ class Chaos:
         begin = time.monotonic()
         for number in range(plan.kills):
             time.sleep(max(0.0, begin + number * plan.kill_every_secs - time.monotonic()))
-            victim = self._chance.choice(wait_for(self.daemon.ready, "a worker is ready"))
-            self.daemon.family()
-            os.kill(victim, signal.SIGKILL)
+            wait_for(self._kill_one, "a worker is killed")
         time.sleep(plan.kill_every_secs)
         return f"{plan.kills} SIGKILLs"
+
+    def _kill_one(self) -> bool:
+        """False if there is none, or if it was recycled and left this instant: another will do."""
+        ready = self.daemon.ready()
+        self.daemon.family()
+        if not ready:
+            return False
+        try:
+            os.kill(self._chance.choice(ready), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _stop_one(self) -> str:
         plan, daemon = self._plan, self.daemon
