@@ -185,15 +185,19 @@ class Metrics:
 def _allocate(directory: str, key: str) -> None:
     """Make the files with all the room they will need: on a full disk this is an error now, a sparse file SIGBUS later.
 
-    The library takes the size of an existing file as its capacity, and begins a file of zeros as a new one.
+    The library takes the size of an existing file as its capacity, and begins a file of zeros as a new one. A new file
+    gets its name when it has its size: a scrape would take an empty one for damaged.
     """
     for kind in ("counter", "histogram", *(["gauge_sum", "gauge_max"] if key.endswith("master") else [])):
-        fd = os.open(os.path.join(directory, f"{kind}_{key}.db"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = os.path.join(directory, f"{kind}_{key}.db")
+        made = path if os.path.exists(path) else f"{path}.new"
+        fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if os.fstat(fd).st_size < FILE_BYTES:
                 os.posix_fallocate(fd, 0, FILE_BYTES)
         finally:
             os.close(fd)
+        os.replace(made, path)
 
 
 def _open(directory: str, key: str) -> dict[str, Any]:

@@ -92,6 +92,24 @@ def test_counts_of_several_processes_add_up_and_outlive_them(tmp_path: Path) -> 
     assert {file.name.rpartition("_")[2] for file in tmp_path.iterdir()} == {"master.db", "worker-1.db", "worker-2.db"}
 
 
+def test_a_scrape_never_finds_a_file_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty file is one that was cut, which a scrape counts and warns of."""
+    sizes: list[list[int]] = []
+    allocate = os.posix_fallocate
+
+    def watched(fd: int, offset: int, length: int) -> None:
+        sizes.append([file.stat().st_size for file in tmp_path.glob("*.db")])
+        allocate(fd, offset, length)
+
+    def act() -> None:
+        assert Metrics(str(tmp_path), "worker-1").fault is None
+        assert sizes == [[], [FILE_BYTES]]
+
+    monkeypatch.setattr(os, "posix_fallocate", watched)
+    in_a_child(act)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_histograms_agree_with_prometheus_clients_own(tmp_path: Path) -> None:
     values = [0.0, 0.00005, 0.0001, 0.00011, 0.5, 1.6384, 1.7, 1e9]
 
