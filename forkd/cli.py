@@ -60,15 +60,15 @@ FDRECV: Final = "fdrecv"
 _MEANT_AS_SUBCOMMAND: Final = re.compile(r"[a-z]+").fullmatch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run forkd; returns the exit status."""
+def main(argv: Sequence[str] | None = None, why_not_compiled: str = "") -> int:
+    """Run forkd; returns the exit status. `why_not_compiled`: why it runs on the sources, "" if it does not."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
         subcommand = importlib.import_module(f"forkd.{arguments[0]}")  # the daemon needs none of them
         return int(subcommand.main(arguments[1:]))
     if arguments and arguments[0] == FDRECV:
         return _fdrecv(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = _parser(why_not_compiled).parse_args(arguments)
     if options.config and options.positional:
         print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
         return 2
@@ -144,7 +144,12 @@ def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *,
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _version(why_not_compiled: str) -> str:
+    made = f"not compiled: {why_not_compiled}" if why_not_compiled else "compiled"
+    return f"forkd {forkd.__version__} ({made})"
+
+
+def _parser(why_not_compiled: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="forkd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--benchmark", action="store_true", help="no Prometheus metrics; a summary of all streams at the end"
     )
-    parser.add_argument("-V", "--version", action="version", version=f"forkd {forkd.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=_version(why_not_compiled))
     return parser
 
 

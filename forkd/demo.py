@@ -174,7 +174,7 @@ class Daemon:
 
     def __init__(self, config: Path, socket_path: str, options: argparse.Namespace) -> None:
         self._socket_path = socket_path
-        command = [sys.executable, "-P", "-m", "forkd.cli", "-c", str(config), "-s", socket_path]
+        command = [sys.executable, "-P", "-m", "forkd", "-c", str(config), "-s", socket_path]
         command += ["-b", options.backend, "-w", options.workers]
         environ = dict(os.environ)
         # -P and this path: the forkd that we are ourselves, whatever lies in the directory we were started in.

@@ -120,7 +120,7 @@ class Daemon:
         with self._output.open("wb") as output:
             environ = {name: value for name, value in os.environ.items() if not name.startswith(("DAEMON_", "OPENAI_"))}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "forkd.cli", "-c", str(self._file)],
+                [sys.executable, "-m", "forkd", "-c", str(self._file)],
                 cwd=ROOT,
                 env=environ,
                 stdin=subprocess.DEVNULL,

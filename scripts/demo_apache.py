@@ -52,7 +52,7 @@ def main() -> int:
             f'server: {{socket_path: {path}, socket_mode: "0666", shutdown_timeout_secs: 3}}\n'
             "workers: {count: 2}\nmetrics: {enabled: false}\n"
         )
-        daemon = subprocess.Popen([sys.executable, "-m", "forkd.cli", "-c", str(config)], process_group=0)
+        daemon = subprocess.Popen([sys.executable, "-m", "forkd", "-c", str(config)], process_group=0)
         try:
             wait_until(lambda: path.exists() or daemon.poll() is not None, "forkd listens")
             if daemon.poll() is not None:

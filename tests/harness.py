@@ -235,7 +235,7 @@ class Forkd:
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
-    command: tuple[str, ...] = (sys.executable, "-m", "forkd.cli")
+    command: tuple[str, ...] = (sys.executable, "-m", "forkd")
     process: "subprocess.Popen[bytes] | None" = None
 
     @property

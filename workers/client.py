@@ -61,6 +61,19 @@ class Owner(Protocol):
     def crashed(self, error: Exception) -> None: ...
 
 
+class _Nobody:
+    """The owner of a client that is no more."""
+
+    def client_slow(self) -> None: ...
+    def client_drained(self) -> None: ...
+    def client_gone(self, code: str) -> None: ...
+    def client_closed(self) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
+
+
+_NOBODY: Final = _Nobody()
+
+
 class Client:
     """One client's socket. All methods may be called at any time; after `fd` is -1 they do nothing."""
 
@@ -155,7 +168,7 @@ class Client:
         """Give the fd to the caller, who owns it from now on. Only before anything was written."""
         fd, self.fd = self.fd, -1
         self._context.loop.selector.unregister(fd)
-        del self._owner
+        self._owner = _NOBODY
         return fd
 
     def abort(self) -> None:
@@ -169,7 +182,7 @@ class Client:
         self.fd = -1
         os.close(fd)
         owner = self._owner
-        del self._owner  # who holds us, too: left in a circle, thousands would wait for the garbage collector
+        self._owner = _NOBODY  # who holds us, too: left in a circle, thousands would wait for the garbage collector
         owner.client_closed()
 
     def reset_on_close(self) -> None:

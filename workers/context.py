@@ -1,6 +1,7 @@
 """What all streams of one worker share."""
 
 import logging
+from builtins import memoryview  # mypyc looks for the names of fields' types among the module's
 from dataclasses import dataclass, field
 from typing import Protocol
 

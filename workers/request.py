@@ -13,27 +13,9 @@ import msgspec
 from forkd.handoff import CLIENT_RELAYED, NO_DATA, SOH, BadEnvelope, split_envelope
 from forkd.handoff_data import HandoffData as HandoffData  # noqa: PLC0414 (for the backends, which know requests)
 from workers import response
+from workers.envelope import Envelope, RequestLine
 
 _REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
-
-
-class RequestLine(msgspec.Struct, kw_only=True):
-    """The client's request as Apache saw it."""
-
-    method: str = "GET"
-    uri: str = ""
-    host: str = ""
-    remote_addr: str = ""
-    request_id: str | None = None
-    protocol: str = ""
-    headers: dict[str, str] = {}
-
-
-class Envelope(msgspec.Struct, kw_only=True):
-    """The line of JSON that the module writes before the data."""
-
-    request: RequestLine = msgspec.field(default_factory=RequestLine)
-    response_headers: list[tuple[str, str]] = []
 
 
 class Request(msgspec.Struct):

@@ -149,7 +149,7 @@ class Forkd:
         if self.pause_ms is not None:
             return [sys.executable, str(_PAUSED_FORKD), f"{self.pause_ms:g}"]
         script = Path(sys.executable).with_name("forkd")
-        return [str(script)] if script.exists() else [sys.executable, "-m", "forkd.cli"]
+        return [str(script)] if script.exists() else [sys.executable, "-m", "forkd"]
 
     def _config(self, socket_path: Path, log: Path, shape: Shape, api: Api | None) -> dict[str, Any]:
         return {

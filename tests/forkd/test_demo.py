@@ -29,7 +29,7 @@ class Demo:
         self._output = tempfile.TemporaryFile()
         self._seen = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "forkd.cli", "demo", "--port", "0", *arguments],
+            [sys.executable, "-m", "forkd", "demo", "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=self._output,
             start_new_session=True,

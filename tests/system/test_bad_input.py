@@ -744,7 +744,7 @@ def test_only_those_who_are_allowed_may_hand_over(tmp_path: Path, allow: dict[st
 def few_fds(limit: int) -> tuple[str, ...]:
     """A command line that runs forkd with so few fds, and without root's right to raise the limit."""
     keep_down = ("setpriv", "--bounding-set", "-sys_resource") if os.geteuid() == 0 else ()
-    return ("prlimit", f"--nofile={limit}:{limit}", *keep_down, sys.executable, "-m", "forkd.cli")
+    return ("prlimit", f"--nofile={limit}:{limit}", *keep_down, sys.executable, "-m", "forkd")
 
 
 @pytest.mark.parametrize("limit", [64, 128])
@@ -908,7 +908,7 @@ def test_a_json_log_stays_json_whatever_comes_in(tmp_path: Path) -> None:
 
 def test_no_room_for_the_metrics_files(tmp_path: Path) -> None:
     """A limit on the size of files fails posix_fallocate as a full disk does."""
-    command = ("prlimit", "--fsize=200000", sys.executable, "-m", "forkd.cli")
+    command = ("prlimit", "--fsize=200000", sys.executable, "-m", "forkd")
     with running(tmp_path, config=CONFIG, command=command) as daemon:
         assert daemon.ask(GOOD).complete
         assert daemon.log().count("going on without metrics: ") == 3  # the master and its workers

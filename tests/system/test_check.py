@@ -13,7 +13,7 @@ from tests.harness import PATIENCE_SECS, Forkd, read_answer, running, wait_for
 
 
 def check(forkd: Forkd, *arguments: str, **how: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "forkd.cli", "check", "-c", str(forkd.directory / "forkd.yaml"), *arguments]
+    command = [sys.executable, "-m", "forkd", "check", "-c", str(forkd.directory / "forkd.yaml"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECS, check=False, **how)
 
 

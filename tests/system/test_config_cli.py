@@ -18,7 +18,7 @@ import pytest
 import forkd
 from tests.harness import Forkd, connect, read_answer, running, send, wait_for
 
-FORKD = (sys.executable, "-m", "forkd.cli")
+FORKD = (sys.executable, "-m", "forkd")
 QUICK: dict[str, Any] = {"backends": {"mock": {"provider": "mock", "token_delay_ms": 0}}, "workers": {"count": 1}}
 
 
@@ -101,7 +101,7 @@ def test_help_says_what_there_is() -> None:
 
 def test_version() -> None:
     ended = run("-V")
-    assert (ended.returncode, ended.stdout) == (0, f"forkd {forkd.__version__}\n")
+    assert (ended.returncode, ended.stdout) == (0, f"forkd {forkd.__version__} (compiled)\n")
 
 
 def test_a_wrong_command_line(tmp_path: Path) -> None:

@@ -477,7 +477,7 @@ def fdrecv(directory: Path, *arguments: str) -> Iterator[Forkd]:
     """`forkd fdrecv`, in `directory`."""
     daemon = Forkd(directory)
     with open(directory / "output", "wb") as output:
-        command = [sys.executable, "-m", "forkd.cli", "fdrecv", *arguments]
+        command = [sys.executable, "-m", "forkd", "fdrecv", *arguments]
         environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "DAEMON_SOCKET_PATH": "/nowhere/x"}
         daemon.process = subprocess.Popen(command, cwd=directory, env=environ, stdout=output, stderr=output)
     try:

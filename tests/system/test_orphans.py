@@ -13,7 +13,7 @@ from tests.system.programs import shell
 ADOPTS = (
     sys.executable,
     "-c",
-    "import ctypes, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); from forkd.cli import main; sys.exit(main())",
+    "import ctypes, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); from forkd.__main__ import main; sys.exit(main())",
 )
 
 

@@ -19,7 +19,7 @@ from tests.fake_daemon import HEAD, FakeDaemon
 from tests.harness import PATIENCE_SECS, Forkd, connect, running
 from tests.system.crowd import BACKENDS, WHOLE
 
-FORKD = (sys.executable, "-m", "forkd.cli", "send")
+FORKD = (sys.executable, "-m", "forkd", "send")
 HELLO = '{"prompt":"Hello"}'
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.harness import PATIENCE_SECS, Forkd, read_answer, running, wait_for
 
-FORKD = (sys.executable, "-m", "forkd.cli")
+FORKD = (sys.executable, "-m", "forkd")
 LONG: dict[str, Any] = {"backends": {"mock": {"provider": "mock", "token_delay_ms": 600_000}}}
 
 

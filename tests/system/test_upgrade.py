@@ -499,7 +499,7 @@ def test_metrics_do_not_move_by_an_upgrade(tmp_path: Path) -> None:
 
 def test_a_variable_that_somebody_else_set(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "forkd.cli", "-s", str(tmp_path / "a.sock")],
+        [sys.executable, "-m", "forkd", "-s", str(tmp_path / "a.sock")],
         env={**os.environ, "FORKD_UPGRADE": "{}"},
         capture_output=True,
         text=True,
