@@ -15,6 +15,7 @@ help:
 	@echo "make demo-apache     the same page under a private Apache with PHP: http://127.0.0.1:8081 (root or sudo)"
 	@echo "make test            lint and all tests, with real Apache, PHP and browser (root or sudo; TEST_ARGS=...)"
 	@echo "make lint            ruff, mypy --strict, the C compiler's warnings"
+	@echo "make compile         forkd's hot modules, by mypyc; make test, bench and install do it too (root or sudo: headers)"
 	@echo "make bench           forkd beside the physical limit (BENCH_ARGS=..., see scripts/bench/README.md)"
 	@echo "make chaos           reloads, upgrades and kills under load: who notices? (CHAOS_ARGS=--short, docs/chaos.md)"
 	@echo "make module          build the Apache module;  make install-module  install and enable it (root)"
@@ -34,6 +35,9 @@ test:
 	@scripts/bootstrap test
 	@lint=0; scripts/lint || lint=$$?; .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS) || exit $$?; \
 		[ $$lint = 0 ] || { echo "The tests passed, but lint did not: make lint" >&2; exit 1; }
+
+compile:
+	@scripts/bootstrap compile
 
 lint:
 	@scripts/bootstrap lint
@@ -63,7 +67,7 @@ uninstall:
 	@scripts/uninstall
 
 clean:
-	rm -rf build .venv *.egg-info
+	rm -rf build .venv *.egg-info forkd/_compiled*
 	@$(MAKE) -s -C apache clean
 
-.PHONY: help demo demo-apache test lint bench chaos module install-module uninstall-module install uninstall clean
+.PHONY: help demo demo-apache test compile lint bench chaos module install-module uninstall-module install uninstall clean

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import forkd
-from forkd import config, process, upgrade
+from forkd import compiled, config, process, upgrade
 from forkd.listener import ListenError
 from forkd.logs import Logs, Sink
 from forkd.master import Master
@@ -60,14 +60,14 @@ FDRECV: Final = "fdrecv"
 _MEANT_AS_SUBCOMMAND: Final = re.compile(r"[a-z]+").fullmatch
 
 
-def main(argv: Sequence[str] | None = None, why_not_compiled: str = "") -> int:
+def main(argv: Sequence[str] | None = None, why_not_compiled: str = compiled.UNASKED) -> int:
     """Run forkd; returns the exit status. `why_not_compiled`: why it runs on the sources, "" if it does not."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
         subcommand = importlib.import_module(f"forkd.{arguments[0]}")  # the daemon needs none of them
         return int(subcommand.main(arguments[1:]))
     if arguments and arguments[0] == FDRECV:
-        return _fdrecv(arguments[1:])
+        return _fdrecv(arguments[1:], why_not_compiled)
     options = _parser(why_not_compiled).parse_args(arguments)
     if options.config and options.positional:
         print("forkd: give the configuration once, by -c or by position", file=sys.stderr)
@@ -90,10 +90,11 @@ def main(argv: Sequence[str] | None = None, why_not_compiled: str = "") -> int:
         return config.load(path, os.environ, overrides)
 
     subject = f"the configuration{f' {path}' if path else ''}"
-    return _serve(load, subject, os.path.abspath(path) if path else None, benchmark=options.benchmark)
+    name = os.path.abspath(path) if path else None
+    return _serve(load, subject, name, why_not_compiled, benchmark=options.benchmark)
 
 
-def _fdrecv(arguments: Sequence[str]) -> int:
+def _fdrecv(arguments: Sequence[str], why_not_compiled: str) -> int:
     from forkd.fdrecv import CommandFault, Options  # noqa: PLC0415 (the daemon needs none of it)
 
     options = Options(arguments)
@@ -104,10 +105,12 @@ def _fdrecv(arguments: Sequence[str]) -> int:
         return 2
     except config.ConfigError:
         pass  # told by who loads it next
-    return _serve(options.load, "the command line", None)
+    return _serve(options.load, "the command line", None, why_not_compiled)
 
 
-def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *, benchmark: bool = False) -> int:
+def _serve(
+    load: Callable[[], config.Loaded], subject: str, name: str | None, why_not_compiled: str, *, benchmark: bool = False
+) -> int:
     """Be the daemon. `subject` is what `load` reads, in words; `name` what the title says (None: the socket's path)."""
     try:
         heritage = upgrade.take(os.environ)
@@ -128,6 +131,8 @@ def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *,
         return 1
     for warning in warnings:
         logs.logger.warning("%s", warning)
+    if compiled.is_a_surprise(why_not_compiled):
+        logs.logger.warning("running on the sources, which takes more CPU: %s", why_not_compiled)
     process.forbid_core_dumps()
     name = name or settings.server.socket_path
     try:
@@ -145,7 +150,7 @@ def _serve(load: Callable[[], config.Loaded], subject: str, name: str | None, *,
 
 
 def _version(why_not_compiled: str) -> str:
-    made = f"not compiled: {why_not_compiled}" if why_not_compiled else "compiled"
+    made = f"sources: {why_not_compiled}" if why_not_compiled else "compiled"
     return f"forkd {forkd.__version__} ({made})"
 
 

@@ -1,10 +1,11 @@
 """The hot modules, compiled by mypyc (https://mypyc.readthedocs.io): the same source, a fifth less CPU.
 
-`scripts/compile` makes COMPILED, a directory of extension modules beside this file, with a list of what they were made
-from. forkd runs on them if and only if every source that it has is still the one that was compiled, by this very
-Python: so who edits a module and starts forkd again runs the edited one, and half an update is none. Without the
-directory, for want of a compiler say, everything works as well, with more CPU. FORKD_COMPILED=0 in the environment asks
-for the source, whose frames a profiler and a dump of a hanging worker's stack can show.
+`scripts/compile.py` makes COMPILED, a directory of extension modules beside this file, with a manifest of what they are
+and what they were made from. forkd runs on them if and only if every source that it has is still the one that was
+compiled, by this very Python, and every library the one that came of it: so who edits a module and starts forkd again
+runs the edited one, and half an update is none. Without the directory, for want of a compiler say, everything works as
+well, with more CPU. FORKD_COMPILED=0 in the environment asks for the source, whose frames a profiler and a dump of a
+hanging worker's stack can show.
 """
 
 import hashlib
@@ -59,16 +60,56 @@ COMPILED: Final = Path(__file__).with_name("_compiled")
 MANIFEST: Final = "manifest.json"
 SWITCH: Final = "FORKD_COMPILED"
 
+UNASKED: Final = "it was not asked for"
+"""As when forkd.cli is imported by another program than forkd.__main__."""
+SWITCHED_OFF: Final = f"{SWITCH}=0"
+NEVER: Final = "never compiled"
+
 
 def source_of(module: str, packages: Path = PACKAGES) -> Path:
     """The file that a module was compiled from."""
     return packages.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def fingerprints(packages: Path = PACKAGES) -> dict[str, str]:
-    """The manifest: what identifies each source, and this Python. Raises OSError."""
-    found = {name: hashlib.sha256(source_of(name, packages).read_bytes()).hexdigest() for name in MODULES}
-    return {"python": f"{sys.version} {EXTENSION_SUFFIXES[0]}", **found}
+def file_of(module: str) -> str:
+    """The name of the file in COMPILED that is this module, or LIBRARY."""
+    return f"{module}{EXTENSION_SUFFIXES[0]}"
+
+
+def manifest(packages: Path, directory: Path) -> dict[str, str]:
+    """What identifies this Python, each source, and each file made of them. What cannot be read has no fingerprint."""
+    found = {"python": f"{sys.version} {EXTENSION_SUFFIXES[0]}"}
+    found |= {name: _fingerprint(source_of(name, packages)) for name in MODULES}
+    # A file that was cut short may not only fail to load: it can kill the process.
+    return found | {file_of(name): _fingerprint(directory / file_of(name)) for name in (LIBRARY, *MODULES)}
+
+
+def _fingerprint(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def mismatch(packages: Path = PACKAGES, directory: Path = COMPILED) -> str:
+    """Why what is compiled is not to be used, "" if it is."""
+    if not directory.exists():
+        return NEVER
+    file = directory / MANIFEST
+    try:
+        written = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{file} cannot be read: {error}"
+    if not isinstance(written, dict):
+        return f"{file} is no manifest"
+    current = manifest(packages, directory)
+    changed = [name for name in current if written.get(name) != current[name] or not current[name]]
+    if not changed:
+        return ""
+    if changed[0] == "python":
+        return "compiled for another Python"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"changed since it was compiled: {', '.join(changed[:3])}{more}"
 
 
 class Finder:
@@ -77,33 +118,23 @@ class Finder:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def find_spec(
-        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
         """Called by the import system."""
         if name != LIBRARY and name not in MODULES:
             return None
-        file = str(self._directory / f"{name}{EXTENSION_SUFFIXES[0]}")
+        file = str(self._directory / file_of(name))
         return importlib.util.spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
 
 
 def prefer(environ: Mapping[str, str] = os.environ, directory: Path = COMPILED, packages: Path = PACKAGES) -> str:
-    """Have the compiled modules imported from now on; returns "", or why the sources will be.
+    """Have the compiled modules imported from now on; returns "", or why the sources will be. Raises nothing.
 
     To be called before any of them is imported.
     """
     if environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return "not compiled"
-    except (OSError, ValueError) as error:
-        return f"{directory / MANIFEST} cannot be read: {error}"
-    current = fingerprints(packages)
-    if manifest != current:
-        changed = [name for name in current if not isinstance(manifest, dict) or manifest.get(name) != current[name]]
-        return f"compiled from another {' '.join(changed)}"
+        return SWITCHED_OFF
+    if why_not := mismatch(packages, directory):
+        return why_not
     loaded = [name for name in MODULES if name in sys.modules]
     if loaded:
         return f"{loaded[0]} is imported already"
@@ -111,7 +142,13 @@ def prefer(environ: Mapping[str, str] = os.environ, directory: Path = COMPILED, 
     sys.meta_path.insert(0, finder)
     try:
         importlib.import_module(LIBRARY)
-    except ImportError as error:  # another machine's, or made with another C library
+    except Exception as error:  # another machine's, made with another C library, or where nothing may be executed
         sys.meta_path.remove(finder)
-        return str(error)
+        sys.modules.pop(LIBRARY, None)
+        return f"cannot be loaded: {error}"
     return ""
+
+
+def is_a_surprise(why_not: str) -> bool:
+    """Whether somebody who compiled forkd might believe that it runs so, and it does not."""
+    return why_not not in ("", UNASKED, SWITCHED_OFF, NEVER)
