@@ -2,10 +2,10 @@
 
 `scripts/compile.py` makes COMPILED, a directory of extension modules beside this file, with a manifest of what they are
 and what they were made from. forkd runs on them if and only if every source that it has is still the one that was
-compiled, by this very Python, and every library the one that came of it: so who edits a module and starts forkd again
-runs the edited one, and half an update is none. Without the directory, for want of a compiler say, everything works as
-well, with more CPU. FORKD_COMPILED=0 in the environment asks for the source, whose frames a profiler and a dump of a
-hanging worker's stack can show.
+compiled, for this version of Python, and every library the one that came of it: so who edits a module and starts forkd
+again runs the edited one, and half an update is none. Without the directory, for want of a compiler say, everything
+works as well, with more CPU. FORKD_COMPILED=0 in the environment asks for the source, whose frames a profiler and a dump
+of a hanging worker's stack can show.
 """
 
 import hashlib
@@ -78,7 +78,8 @@ def file_of(module: str) -> str:
 
 def manifest(packages: Path, directory: Path) -> dict[str, str]:
     """What identifies this Python, each source, and each file made of them. What cannot be read has no fingerprint."""
-    found = {"python": f"{sys.version} {EXTENSION_SUFFIXES[0]}"}
+    # 3.11.2 and 3.11.3 have the same binary interface: a distribution's update of Python is no reason to be slower.
+    found = {"python": EXTENSION_SUFFIXES[0]}
     found |= {name: _fingerprint(source_of(name, packages)) for name in MODULES}
     # A file that was cut short may not only fail to load: it can kill the process.
     return found | {file_of(name): _fingerprint(directory / file_of(name)) for name in (LIBRARY, *MODULES)}

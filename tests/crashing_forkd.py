@@ -5,6 +5,8 @@ A prompt of the form ACT@WHERE makes the worker that streams it do ACT. WHERE is
 (0: as soon as the backend is asked); or `write`: instead of the stream's first write, `written`: right after it,
 `done`: right after the write that ends the answer. Any other prompt is answered as always, and `flood` without end.
 
+It runs on the sources, whose insides it replaces; compiled modules call each other without looking for replacements.
+
 While the file named by FORKD_TEST_BROKEN exists, workers die before they are ready; while that of FORKD_TEST_HUNG does,
 they do not get ready.
 """
