@@ -73,7 +73,7 @@ def check_tools() -> None:
         raise CompileError(f"there is no C compiler, {compiler} (Debian: gcc libc6-dev)")
     missing = [name for name in ("mypyc", "setuptools") if importlib.util.find_spec(name) is None]
     if missing:
-        raise CompileError(f"{' and '.join(missing)} is missing (the extra `compile` of pyproject.toml)")
+        raise CompileError(f"missing: {' and '.join(missing)} (the extra `compile` of pyproject.toml)")
 
 
 def compile_all(compiled: ModuleType, packages: Path) -> None:

@@ -1,6 +1,6 @@
 """The service's files: what is installed where, what stays, and that systemd understands them. Nothing is started.
 
-Into a DESTDIR, so without root; scripts/install, which makes the virtual environment, needs a network and is not run.
+Into a DESTDIR, so without root. What scripts/install does besides is in test_install.py.
 """
 
 import os
