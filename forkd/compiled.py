@@ -4,8 +4,8 @@
 and what they were made from. forkd runs on them if and only if every source that it has is still the one that was
 compiled, for this version of Python, and every library the one that came of it: so who edits a module and starts forkd
 again runs the edited one, and half an update is none. Without the directory, for want of a compiler say, everything
-works as well, with more CPU. FORKD_COMPILED=0 in the environment asks for the source, whose frames a profiler and a dump
-of a hanging worker's stack can show.
+works as well, with more CPU. FORKD_COMPILED=0 in the environment asks for the source, whose frames a profiler and a
+dump of a hanging worker's stack can show.
 """
 
 import hashlib
