@@ -3,6 +3,7 @@
     paused_forkd.py PAUSE_MS [forkd's own arguments]
 
 There is no setting for it: nobody who runs forkd should have to think about it. 0 turns moderation off.
+It runs on the sources: in a compiled module the pause is part of the code.
 """
 
 import sys
