@@ -87,19 +87,27 @@ class Selector:
             self._epoll.modify(fd, _EPOLL[events])
             self._events[fd] = events
 
-    def select(self, timeout: float) -> "list[tuple[Ready, int]]":
-        """Who is ready, and for what."""
+    def select(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait. What epoll(7) says, for `serve`."""
+        return self._epoll.poll(timeout, EVENTS_MAX)
+
+    def serve(self, found: list[tuple[int, int]]) -> None:
+        """Call whoever is ready, with what for."""
         registered = self._registered
-        ready: list[tuple[Ready, int]] = []
-        for fd, event in self._epoll.poll(timeout, EVENTS_MAX):
-            one = registered[fd]
-            if one is not None:
-                if event == _IN:
-                    ready.append((one, EVENT_READ))
-                else:  # a hang-up or an error is found out by reading, or by writing
-                    mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
-                    ready.append((one, mask & self._events[fd]))
-        return ready
+        # Looked up before anybody is called: who closes a later one's fd must not have its number answer for another.
+        ready = [registered[fd] for fd, _ in found]
+        for one, (fd, event) in zip(ready, found, strict=True):
+            if one is None:
+                continue
+            if event == _IN:
+                mask = EVENT_READ
+            else:  # a hang-up or an error is found out by reading, or by writing
+                mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
+                mask &= self._events[fd]
+            try:
+                one.on_ready(mask)
+            except Exception as error:
+                one.crashed(error)
 
     def watch_hangup(self, fd: int, ready: "Ready") -> None:
         """Call `ready.on_ready` when the peer has closed its side or the connection broke, and never because there is
@@ -184,11 +192,7 @@ class Loop:
         now = self.now = time.monotonic()
         at = self.at = int(now * TICKS_PER_SEC)
         self._moderation.woken(now - looked)
-        for ready, mask in events:
-            try:
-                ready.on_ready(mask)
-            except Exception as error:
-                ready.crashed(error)
+        self.selector.serve(events)
         while due and due[0] <= at:
             # A late bucket counts its followers from when it was due: a stream's pace does not drift.
             self.at = heappop(due)

@@ -8,7 +8,6 @@ clients first. Signals that a terminal sends to the whole group are the master's
 import faulthandler
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from selectors import EVENT_READ
@@ -42,6 +41,8 @@ LAST_SECS: Final = 1.0
 which end with the process.
 """
 
+_ASSIGN: Final = int(Down.ASSIGN)
+_END: Final = int(Down.END)
 _HANDLED: Final = (signal.SIGTERM, signal.SIGUSR1)
 _IGNORED: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE)
 
@@ -161,12 +162,12 @@ class Worker:
 
     def _obey(self, message: handoff.Message) -> None:
         head, body = channel.parse_down(message.payload)
-        if head.kind in (Down.ASSIGN, Down.END):
+        if head.kind in (_ASSIGN, _END):
             if message.fds_truncated or not message.fds:
                 for fd in message.fds:
                     os.close(fd)
                 self._returned.append((head.slot, head.attempt))
-            elif head.kind == Down.ASSIGN:
+            elif head.kind == _ASSIGN:
                 self._reception.assign(head, body, message.fds)
             else:
                 self._reception.end(head, body, message.fds)
@@ -206,7 +207,7 @@ class Worker:
         if not self._speaks:
             return True
         try:
-            self._channel.send(channel.pack_up(kind, pairs or ()), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._channel.send(channel.pack_up(kind, pairs or ()), channel.SEND_FLAGS)
         except BlockingIOError:
             return False
         except OSError:

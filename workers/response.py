@@ -22,6 +22,7 @@ _STREAM_FIELDS: Final = (
     b"\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\nConnection: close"
     b"\r\nX-Accel-Buffering: no\r\nX-Request-Id: "
 )
+_STATUS_LINES: Final = {int(status): f"HTTP/1.1 {status:d} {status.phrase}".encode("ascii") for status in HTTPStatus}
 _ERROR_FIELDS: Final = b"\r\nCache-Control: no-store\r\nConnection: close\r\nX-Request-Id: "
 
 
@@ -53,14 +54,14 @@ def fields(pairs: Iterable[Sequence[object]]) -> tuple[bytes, list[str]]:
 
 def stream_head(request_id: str, extra: bytes, status: int = 200) -> bytes:
     """The head of an event stream; `extra` are field lines from `fields`."""
-    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode("ascii")
-    return b"%b%b%b\r\n%b\r\n" % (line, _STREAM_FIELDS, request_id.encode("ascii"), extra)
+    return b"%b%b%b\r\n%b\r\n" % (_STATUS_LINES[status], _STREAM_FIELDS, request_id.encode("ascii"), extra)
 
 
 def error_response(status: int, request_id: str, extra: bytes, body: bytes, retry_after_secs: int = 0) -> bytes:
     """A whole error answer with a JSON body."""
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json"
+    head = "\r\nContent-Type: application/json"
     if retry_after_secs:
         head += f"\r\nRetry-After: {retry_after_secs}"
     head += f"\r\nContent-Length: {len(body)}"
-    return b"%b%b%b\r\n%b\r\n%b" % (head.encode("ascii"), _ERROR_FIELDS, request_id.encode("ascii"), extra, body)
+    front = _STATUS_LINES[status] + head.encode("ascii")
+    return b"%b%b%b\r\n%b\r\n%b" % (front, _ERROR_FIELDS, request_id.encode("ascii"), extra, body)

@@ -42,7 +42,7 @@ class HastySelector:
         self._clock = clock
         self._selector = Selector()
 
-    def select(self, timeout: float) -> list[tuple[Ready, int]]:
+    def select(self, timeout: float) -> list[tuple[int, int]]:
         events = self._selector.select(0)
         clock = self._clock
         clock.now = min(clock.now + (0.0 if events else timeout) + 1e-6, clock.end)

@@ -25,51 +25,12 @@ from workers import sse
 from workers.attachments import Attachment
 from workers.backends import asking, pieces
 from workers.backends.base import Done, Finish, HttpBackend, Piece, Translation, Usage
+from workers.backends.chunks import Chunk, Delta, Trouble
 from workers.backends.messages import medium_part, messages, text_of
 from workers.request import HandoffData, Request
 from workers.upstream.message import HttpRequest
 
 _DONE: Final = Done()
-
-
-class _Delta(msgspec.Struct, gc=False):
-    content: str | list[Any] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-    tool_calls: Any = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-    index: int = 0
-    text: str | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Groq(msgspec.Struct, gc=False):
-    usage: _Usage | None = None
-
-
-class _Chunk(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    error: Any = None
-    x_groq: _Groq | None = None
-
-
-class _Trouble(msgspec.Struct):
-    """What else an event may be."""
-
-    error: Any = None
-    object: str | None = None
-    type: str | None = None
-    code: str | int | None = None
 
 
 class OpenAiBackend(HttpBackend):
@@ -81,7 +42,7 @@ class OpenAiBackend(HttpBackend):
         key = settings.api_key
         self._headers = asking.STATIC if key is None else (*asking.STATIC, ("authorization", f"Bearer {key.reveal()}"))
         self._events = frozenset() if self.raw else frozenset(settings.events)
-        self._decode = msgspec.json.Decoder(_Chunk).decode
+        self._decode = msgspec.json.Decoder(Chunk).decode
 
     def model(self, data: HandoffData) -> str:
         return data.model or self._own.default_model
@@ -131,25 +92,25 @@ class OpenAiBackend(HttpBackend):
             return _DONE
         if not data:
             return None
-        return self._rare(pieces.understood(_Chunk, data), event)
+        return self._rare(pieces.understood(Chunk, data), event)
 
-    def _rare(self, chunk: _Chunk, event: sse.Event) -> Translation:
+    def _rare(self, chunk: Chunk, event: sse.Event) -> Translation:
         """Everything but a piece of text."""
         if chunk.error or chunk.choices is None:
-            trouble = pieces.understood(_Trouble, event.data)
+            trouble = pieces.understood(Trouble, event.data)
             if trouble.error:
                 return pieces.failure_of(trouble.error)
             if event.name == "error" or trouble.object == "error" or trouble.type == "error":
                 return pieces.failure(trouble.type, trouble.code)
         return self._pieces(chunk)
 
-    def _pieces(self, chunk: _Chunk) -> Translation:
+    def _pieces(self, chunk: Chunk) -> Translation:
         """Everything that a chunk says, the text first."""
         said: list[Piece] = []
         wanted = self._events
         choice = chunk.choices[0] if chunk.choices else None
         if choice is not None and choice.index == 0:
-            delta = choice.delta or _Delta()
+            delta = choice.delta or Delta()
             reasoning = delta.reasoning_content or delta.reasoning
             if reasoning and "reasoning" in wanted:
                 said.append(pieces.reasoning(reasoning))

@@ -368,9 +368,17 @@ class Http2:
             except Exception as error:
                 exchange.receiver.crashed(error)
         if flags & _END_STREAM and self._transport.fd >= 0 and number in self._exchanges:
-            # h2 is to know; as far as it knows, nothing was in the stream.
-            self._pass(_HEAD.pack(0, 0, _DATA, _END_STREAM, number))
+            self._data_ended(number)
         return True
+
+    def _data_ended(self, number: int) -> None:
+        """END_STREAM: h2's stream is to know; as far as it knows, nothing was in it."""
+        stream = self._h2.streams.get(number)
+        if stream is None:  # h2 has closed it: it is to judge what that means
+            self._pass(_HEAD.pack(0, 0, _DATA, _END_STREAM, number))
+            return
+        _, events = stream.receive_data(b"", True, 0)
+        self._heed(events)
 
     def _give_back(self, exchange: Exchange) -> None:
         if exchange.taken > self._stream_window // 2 and exchange.number in self._exchanges:
@@ -401,7 +409,10 @@ class Http2:
     def _pass(self, data: bytes) -> None:
         """Give frames to h2, and do what it says."""
         self._asked = True
-        for event in self._h2.receive_data(data):
+        self._heed(self._h2.receive_data(data))
+
+    def _heed(self, events: list[h2.events.Event]) -> None:
+        for event in events:
             if isinstance(event, h2.events.StreamEnded):
                 self._stream_ended(event)
             elif isinstance(event, h2.events.ResponseReceived):

@@ -1,0 +1,45 @@
+"""What is read of an event of Chat Completions. All else in it is passed over."""
+
+from typing import Any
+
+import msgspec
+
+
+class Delta(msgspec.Struct, gc=False):
+    content: str | list[Any] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: Any = None
+
+
+class Choice(msgspec.Struct, gc=False):
+    delta: Delta | None = None
+    finish_reason: str | None = None
+    index: int = 0
+    text: str | None = None
+
+
+class Counted(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Groq(msgspec.Struct, gc=False):
+    usage: Counted | None = None
+
+
+class Chunk(msgspec.Struct, gc=False):
+    choices: list[Choice] | None = None
+    usage: Counted | None = None
+    error: Any = None
+    x_groq: Groq | None = None
+
+
+class Trouble(msgspec.Struct):
+    """What else an event may be."""
+
+    error: Any = None
+    object: str | None = None
+    type: str | None = None
+    code: str | int | None = None
