@@ -80,8 +80,9 @@ class Sender:
     def on_ready(self, _mask: int = 0) -> None:
         """Read what is there, a bounded number of messages, as long as there is room for their fds."""
         intake = self._intake
-        for _ in range(MESSAGES_PER_TURN):
-            if not intake.has_room() or not self._read_one():
+        # Of what is left for each message one or two are taken, so the fds need be counted but once.
+        for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
+            if not self._read_one():
                 break
         if self.sock.fileno() >= 0:
             intake.keep(self)
@@ -241,12 +242,16 @@ class Intake:
         for sender in (*self._silent, *self._idle):
             self._selector.register(sender.sock, selectors.EVENT_READ, sender)
 
-    def has_room(self) -> bool:
-        """Whether there are fds for one more handoff. If not, nothing is accepted or read until `resume` finds some:
-        whatever waits in a backlog or a socket is safe there."""
-        if not self._paused and self._fds_left() <= 0:
+    def room_for_more(self) -> int:
+        """For how many more handoffs there are fds. If for none, nothing is accepted or read until `resume` finds some:
+        whatever waits in a backlog or a socket is safe there.
+        """
+        if self._paused:
+            return 0
+        left = self._fds_left()
+        if left <= 0:
             self._pause("out of file descriptors")
-        return not self._paused
+        return max(left, 0)
 
     def _pause(self, why: str) -> None:
         self.log.warning("not accepting handoffs for a moment: %s", why)
@@ -273,7 +278,7 @@ class Intake:
         """Accept what waits, a bounded number, and read it."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                if not self.has_room() or not self.accept_one(listener):
+                if not self.room_for_more() or not self.accept_one(listener):
                     return
             except OutOfFds as error:
                 self._pause(str(error))
