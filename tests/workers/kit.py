@@ -16,7 +16,7 @@ from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.attachments import Attachments
 from workers.context import Context, Timings
-from workers.loop import Loop, Ready, Selector
+from workers.loop import Loop, Selector
 from workers.offload import Offload
 from workers.request import Request, parse
 from workers.starters import Starters
