@@ -82,7 +82,7 @@ class Sender:
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
         for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
-            if not self._read_one():
+            if not self._read_one() or not (self.listener.is_stream or handoff.more_waits(self.sock)):
                 break
         if self.sock.fileno() >= 0:
             intake.keep(self)

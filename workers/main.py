@@ -159,6 +159,8 @@ class Worker:
                 self._drain()
                 return
             self._obey(message)
+            if not handoff.more_waits(self._channel):
+                return
 
     def _obey(self, message: handoff.Message) -> None:
         head, body = channel.parse_down(message.payload)

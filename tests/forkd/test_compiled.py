@@ -86,7 +86,7 @@ def test_of_many_edited_sources_some_are_named(packages: Path) -> None:
 
 
 def test_a_source_that_is_not_compiled_may_be_edited(packages: Path) -> None:
-    edit(packages, "forkd.master")
+    edit(packages, "forkd.status")
     assert chosen(packages) == "compiled"
 
 

@@ -30,6 +30,7 @@ from workers.backends.messages import medium_part, messages, text_of
 from workers.request import HandoffData, Request
 from workers.upstream.message import HttpRequest
 
+_END: Final = b"[DONE]"
 _DONE: Final = Done()
 
 
@@ -64,8 +65,11 @@ class OpenAiBackend(HttpBackend):
         return HttpRequest("/chat/completions", asking.headers(self._headers, data, request_id), asking.encoded(body))
 
     def translate(self, event: sse.Event) -> Translation:
+        data = event.data
+        if data == _END:  # which costs more as an exception
+            return _DONE
         try:
-            chunk = self._decode(event.data)
+            chunk = self._decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._odd(event)
         choices = chunk.choices
@@ -88,7 +92,7 @@ class OpenAiBackend(HttpBackend):
     def _odd(self, event: sse.Event) -> Translation:
         """What is no chunk by its type."""
         data = event.data.strip()
-        if data == b"[DONE]":
+        if data == _END:
             return _DONE
         if not data:
             return None
