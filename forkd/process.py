@@ -37,6 +37,25 @@ def raise_open_files_limit(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
+def make_room_for_fds(count: int) -> None:
+    """Have the kernel's table of this process's fds be large enough for `count` of them, as far as the limit allows.
+
+    It grows by doubling, and in a process with threads each time waits until no CPU looks at the old one any more
+    (synchronize_rcu in fs/file.c): 10 to 20 ms, in which a loop stands still. So it is grown before there are any.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY:
+        count = min(count, limit)
+    read_end, write_end = os.pipe()
+    try:
+        os.close(fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, count - 1))
+    except OSError:  # nothing is lost but those moments
+        pass
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
 class Collector:
     """Garbage collection at times of our choosing: whenever there is nothing to do, else once in COLLECT_SECS.
 

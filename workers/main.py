@@ -36,6 +36,8 @@ MESSAGES_PER_TURN: Final = 64
 PAIRS_PER_MESSAGE: Final = 4096
 HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
 SWEEP_TICKS: Final = to_ticks(60.0)
+FDS_AT_ONCE: Final = 65536
+"""Half a megabyte in the kernel."""
 LAST_SECS: Final = 1.0
 """How long the end waits for the last attachments to be deleted, and the last handlers to be closed: threads do it,
 which end with the process.
@@ -301,6 +303,8 @@ def run(boot: Boot) -> None:
 
     Raises Unfit.
     """
+    # A client and a connection to its API for each stream; what is beyond FDS_AT_ONCE is made room for when it comes.
+    process.make_room_for_fds(min(2 * boot.settings.server.max_connections, FDS_AT_ONCE))
     signals = process.Signals(_HANDLED, _IGNORED)
     faulthandler.enable(file=boot.logs.sink.fd, all_threads=True)
     boot.logs.rename(f"worker {boot.index}")

@@ -1,10 +1,12 @@
 """What a process does to itself. Each case does it to a child."""
 
 import os
+import re
 import resource
 import select
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -59,6 +61,21 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed() -> None:
         return enough, some, process.raise_open_files_limit(100_000)
 
     assert in_a_child(act) == "(50, 150, 200)"
+
+
+def test_the_table_of_fds_grows_at_once() -> None:
+    def act() -> tuple[int, int, int]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+        fds = len(os.listdir("/proc/self/fd"))
+        sizes = []
+        for count in (2000, 10**9):
+            process.make_room_for_fds(count)
+            (size,) = re.findall(r"^FDSize:\s*(\d+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+            sizes.append(int(size))
+        return sizes[0], sizes[1], len(os.listdir("/proc/self/fd")) - fds
+
+    assert in_a_child(act) == repr((2048, 4096, 0))
 
 
 def test_no_core_dumps() -> None:
