@@ -65,7 +65,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed() -> None:
 
 def test_the_table_of_fds_grows_at_once() -> None:
     def act() -> tuple[int, int, int]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
         fds = len(os.listdir("/proc/self/fd"))
         sizes = []
