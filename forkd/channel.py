@@ -22,9 +22,10 @@ A pair names the attempt because a slot is used again: a late report must not cr
 import socket
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from socket import SocketType
-from typing import Final, NamedTuple
+from typing import Final
 
 
 class Down(IntEnum):
@@ -61,7 +62,8 @@ SEND_FLAGS: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _PAIR: Final = struct.Struct("<II")
 
 
-class Assignment(NamedTuple):
+@dataclass(slots=True)
+class Assignment:
     """The head of a down message. `received_at` is CLOCK_MONOTONIC, which all processes of a machine share."""
 
     slot: int
@@ -75,12 +77,13 @@ class Assignment(NamedTuple):
 def send_down(sock: SocketType, head: Assignment, body: bytes, fds: Sequence[int]) -> None:
     """Send one message; the fds stay the caller's. Raises OSError: EAGAIN, ENOBUFS, ETOOMANYREFS all mean "full"."""
     rights = [(_SOL_SOCKET, _SCM_RIGHTS, (_FD if len(fds) == 1 else _TWO_FDS).pack(*fds))] if fds else []
-    sock.sendmsg([_HEAD.pack(*head), body], rights, SEND_FLAGS)
+    packed = _HEAD.pack(head.slot, head.attempt, head.kind, head.flags, head.listener, head.received_at)
+    sock.sendmsg([packed, body], rights, SEND_FLAGS)
 
 
 def parse_down(message: bytes) -> tuple[Assignment, bytes]:
     """Split a down message into its head and its body."""
-    return Assignment._make(_HEAD.unpack_from(message)), message[HEAD_BYTES:]
+    return Assignment(*_HEAD.unpack_from(message)), message[HEAD_BYTES:]
 
 
 def end_body(state: int, code: str, payload: bytes) -> bytes:

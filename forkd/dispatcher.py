@@ -35,6 +35,8 @@ _BODY: Final = b'{"error":"%b","code":"%b","request_id":""}'
 TELLING_PATIENCE_SECS: Final = 60.0
 """How long a client whose answer has begun waits for a worker to tell it: past the longest pause of a crash loop,
 because all that the master could do for it is to close without a word."""
+_ASSIGN: Final = int(Down.ASSIGN)
+_END: Final = int(Down.END)
 _FULL: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
 
 
@@ -272,9 +274,9 @@ class Dispatcher:
             verdict = entry.verdict
             entry.attempt += 1
             if verdict is None:
-                kind, flags, body = Down.ASSIGN, entry.flags, entry.payload or b""
+                kind, flags, body = _ASSIGN, entry.flags, entry.payload or b""
             else:
-                kind, flags = Down.END, 0
+                kind, flags = _END, 0
                 inline = entry.payload if entry.payload and not entry.flags & PAYLOAD_IN_MEMFD else b""
                 body = end_body(verdict.state, verdict.code, inline)
             head = Assignment(entry.slot, entry.attempt, kind, flags, entry.listener, entry.received_at)

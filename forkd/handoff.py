@@ -109,7 +109,9 @@ def more_waits(sock: SocketType) -> bool:
 
     Not told of: one without a single byte, and the end of file. They keep the socket readable.
     """
-    return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE) != _NONE
+    length = bytearray(_FD.size)
+    fcntl.ioctl(sock.fileno(), termios.FIONREAD, length)
+    return length != _NONE
 
 
 def expects_data_fd(payload: bytes, *, envelopes: bool) -> bool:

@@ -16,6 +16,8 @@ from forkd.board import Board, Kind, State
 from forkd.peer import Peer
 
 PAYLOADS_MAX_BYTES: Final = 256 << 20
+_FREE: Final = int(State.FREE)
+_GIVEN: Final = int(State.GIVEN)
 ATTEMPTS_MAX: Final = 2
 """A handoff that was being handled when its worker died gets one more chance."""
 TELLINGS_MAX: Final = 5
@@ -105,7 +107,7 @@ class Ledger:
         entry = InFlight(slot, fd, data_fd, payload, flags, listener, received_at)
         self._entries[slot] = entry
         self._board.kinds[slot] = kind
-        self._board.states[slot] = State.GIVEN
+        self._board.states[slot] = _GIVEN
         self._with_payload.append(entry)
         self._payload_bytes += len(payload)
         self.data_fds += data_fd >= 0
@@ -127,7 +129,7 @@ class Ledger:
         """Cross a client out: close its fds and free its slot."""
         self._close(entry)
         self._forget_payload(entry)
-        self._board.states[entry.slot] = State.FREE
+        self._board.states[entry.slot] = _FREE
         self._entries[entry.slot] = None
         self._free.append(entry.slot)
         self.count -= 1

@@ -36,7 +36,7 @@ from forkd.settings import Server, Settings, worker_counts
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
 
-PAUSE_SECS: Final = 0.002
+PAUSE_SECS: Final = 0.001
 GAP_SECS: Final = 0.002
 """A few hundred handoffs a second or more are taken in small batches; none waits longer than the pause."""
 FDS_PER_WORKER: Final = 4

@@ -317,6 +317,8 @@ class Supervisor:
             for fd in message.fds:  # none is ever sent this way
                 os.close(fd)
             self._obey(peer, message.payload)
+            if not handoff.more_waits(peer.channel):
+                break
         return True
 
     def _obey(self, peer: Peer, message: bytes) -> None:

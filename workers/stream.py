@@ -26,6 +26,8 @@ from workers.context import Context
 from workers.loop import TICKS_PER_SEC
 from workers.request import Request, choose_id
 
+_OPENING: Final = int(State.OPENING)
+_OPEN: Final = int(State.OPEN)
 HIGH_WATER_BYTES: Final = 65536
 RETRY_AFTER_SECS: Final = 1
 
@@ -305,12 +307,12 @@ class Stream:
         self.status = 200
         head = response.stream_head(self.request_id, self._fields)
         self._fields = b""
-        context.states[self.slot] = State.OPENING
+        context.states[self.slot] = _OPENING
         client = self._client
         client.write(head + first)
         if client.held is None:
             if client.fd >= 0:
-                context.states[self.slot] = State.OPEN
+                context.states[self.slot] = _OPEN
         elif client.sent:
             # Cut within the head nothing can be said that the client would understand; cut behind it, an LF helps.
             context.states[self.slot] = State.PARTIAL if client.sent >= len(head) else State.FOREIGN

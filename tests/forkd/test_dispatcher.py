@@ -145,7 +145,7 @@ def test_an_assignment_carries_everything(office: Office) -> None:
     peer = office.hire()
     office.receive(b'{"prompt":"x"}', now=12.5)
     ((head, body),) = office.heard(peer)
-    assert head == (0, 1, Down.ASSIGN, 0, 0, 12.5)
+    assert head == Assignment(0, 1, Down.ASSIGN, 0, 0, 12.5)
     assert body == b'{"prompt":"x"}'
 
 
