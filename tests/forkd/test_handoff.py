@@ -269,3 +269,16 @@ def test_what_is_no_client(tmp_path: Path) -> None:
         with pytest.raises(handoff.NotAClient, match="not a socket"):
             handoff.check_client(fd)
         os.close(fd)
+
+
+def test_what_waits_is_told_without_taking_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        assert not handoff.more_waits(ours)
+        theirs.send(b"one")
+        theirs.send(b"another")
+        for expected in (b"one", b"another"):
+            assert handoff.more_waits(ours)
+            assert ours.recv(100) == expected
+        theirs.close()
+        assert not handoff.more_waits(ours)

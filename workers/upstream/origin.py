@@ -15,7 +15,7 @@ from forkd.settings import HttpBackend as Settings
 from workers.offload import Offload
 from workers.upstream.dns import Address, Resolver
 from workers.upstream.exchange import Failure
-from workers.upstream.transport import Route
+from workers.upstream.transport import Route, Sessions
 
 Answer: TypeAlias = Callable[[Route | Failure], None]
 
@@ -34,6 +34,7 @@ class Origin:
         self._resolver = resolver
         self._offload = offload
         self._tls: ssl.SSLContext | None = None
+        self._sessions = Sessions()
         self._loading = False
         self._waiting: list[Answer] = []
         """Those who wait for the certificates."""
@@ -76,7 +77,7 @@ class Origin:
             self._resolver.prefer(self._host, self._port, address)
 
     def _route(self, addresses: Sequence[Address]) -> Route:
-        return Route(addresses, self._tls, self._host, self._settings.connect_timeout_secs)
+        return Route(addresses, self._tls, self._host, self._settings.connect_timeout_secs, self._sessions)
 
     def _context(self) -> ssl.SSLContext:
         """Blocks: reads files."""

@@ -36,6 +36,17 @@ _CONNECT_AGAIN: Final = {errno.EALREADY: errno.EINPROGRESS, errno.EISCONN: 0}
 _BACKLOG_FULL: Final = errno.EAGAIN  # what connect says of a Unix socket whose backlog is full: unix(7)
 
 
+class Sessions:
+    """What TLS needs to take up a session with one place again (RFC 8446, 2.2): it spares both sides the certificates,
+    which cost more than a thousand tokens. All under one SSLContext, which judged them.
+    """
+
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last: ssl.SSLSession | None = None
+
+
 class Route(NamedTuple):
     """How to get there."""
 
@@ -43,6 +54,7 @@ class Route(NamedTuple):
     tls: ssl.SSLContext | None
     server_name: str
     connect_secs: float
+    sessions: Sessions | None = None
 
 
 class Owner(Protocol):
@@ -209,7 +221,7 @@ class Transport:
             self._established("")
             return
         try:
-            self._tls = _Tls(route.tls, route.server_name)
+            self._tls = _Tls(route.tls, route.server_name, route.sessions)
         except (ssl.SSLError, ValueError) as error:  # a name that cannot be one
             self._lost("backend_untrusted", str(error))
             return
@@ -336,6 +348,9 @@ class Transport:
         out = tls.outgoing.read() if tls.outgoing.pending else b""
         if out:
             self._send(out)
+        if tls.sessions is not None and pieces:  # the tickets came before
+            tls.sessions.last = tls.session.session
+            tls.sessions = None
         if pieces and self.fd >= 0:
             self.owner.received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if lost is not None and self.fd >= 0:
@@ -427,12 +442,15 @@ _NOBODY: Final = _Nobody()
 class _Tls:
     """A TLS session between two buffers."""
 
-    __slots__ = ("incoming", "outgoing", "session")
+    __slots__ = ("incoming", "outgoing", "session", "sessions")
 
-    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+    def __init__(self, context: ssl.SSLContext, server_name: str, sessions: Sessions | None) -> None:
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
-        self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name)
+        self.sessions = sessions
+        """Where this one is to be kept, until it is."""
+        before = sessions.last if sessions is not None else None
+        self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name, session=before)
 
 
 class _Timed:
