@@ -213,22 +213,23 @@ def quoted(value: str | int | None) -> str:
 
 
 class Repeats(logging.Filter):
-    """Lets through so many warnings and errors from one place in the code in each WINDOW_SECS, and counts the rest.
+    """Lets through so many warnings and errors of one kind in each WINDOW_SECS, and counts the rest. A kind is a message
+    before its parts are filled in, and a place in the code (compiled modules are at no place of their own).
 
     An upstream that is down, or a disk that is full, is told hundreds of times a second otherwise, and hides all else.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._places: dict[tuple[str, int], list[float]] = {}
+        self._places: dict[tuple[str, int, str], list[float]] = {}
         """When the window began, how many came in it, and how many of those were left out."""
-        self._examples: dict[tuple[str, int], logging.LogRecord] = {}
+        self._examples: dict[tuple[str, int, str], logging.LogRecord] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this record is written."""
         if record.levelno < logging.WARNING or hasattr(record, "told"):
             return True
-        key = (record.pathname, record.lineno)
+        key = (record.pathname, record.lineno, str(record.msg))
         place = self._places.get(key)
         if place is None or record.created - place[0] >= WINDOW_SECS:
             if place is None or not place[2]:

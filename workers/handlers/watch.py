@@ -158,7 +158,7 @@ class _Forwarder(logging.Handler):
         assert self._mailbox is not None
         try:
             text = f"{record.name}: {self.format(record)}"
-            plain = logging.LogRecord("forkd", record.levelno, record.pathname, record.lineno, text, (), None)
+            plain = logging.LogRecord("forkd", record.levelno, record.pathname, record.lineno, "%s", (text,), None)
             self._mailbox.put(self, plain)
         except Exception:
             self.handleError(record)
