@@ -213,8 +213,8 @@ def quoted(value: str | int | None) -> str:
 
 
 class Repeats(logging.Filter):
-    """Lets through so many warnings and errors of one kind in each WINDOW_SECS, and counts the rest. A kind is a place in
-    the code and a message before its parts are filled in: compiled modules are at no place of their own.
+    """Lets through so many warnings and errors of one kind in each WINDOW_SECS, and counts the rest. A kind is a place
+    in the code and a message before its parts are filled in: compiled modules are at no place of their own.
 
     An upstream that is down, or a disk that is full, is told hundreds of times a second otherwise, and hides all else.
     """
