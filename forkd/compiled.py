@@ -1,4 +1,4 @@
-"""The hot modules, compiled by mypyc (https://mypyc.readthedocs.io): the same source, a fifth less CPU.
+"""The hot modules, compiled by mypyc (https://mypyc.readthedocs.io): the same source, less CPU (docs/performance.md).
 
 `scripts/compile.py` makes COMPILED, a directory of extension modules beside this file, with a manifest of what they are
 and what they were made from. forkd runs on them if and only if every source that it has is still the one that was
