@@ -39,6 +39,9 @@ _BACKLOG_FULL: Final = errno.EAGAIN  # what connect says of a Unix socket whose 
 class Sessions:
     """What TLS needs to take up a session with one place again (RFC 8446, 2.2): it spares both sides the certificates,
     which cost more than a thousand tokens. All under one SSLContext, which judged them.
+
+    Each is taken up once (C.4), and what is learned on that connection is the next: one that an upstream fails over
+    does no harm twice.
     """
 
     __slots__ = ("last",)
@@ -449,7 +452,9 @@ class _Tls:
         self.outgoing = ssl.MemoryBIO()
         self.sessions = sessions
         """Where this one is to be kept, until it is."""
-        before = sessions.last if sessions is not None else None
+        before = None
+        if sessions is not None:
+            before, sessions.last = sessions.last, None
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name, session=before)
 
 
