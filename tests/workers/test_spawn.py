@@ -45,7 +45,8 @@ def not_closed_by_exec() -> set[str]:
 
 def test_a_program_gets_what_is_given_to_it_and_nothing_else(tmp_path: Path) -> None:
     before = own_fds()
-    script = "pwd; ls /proc/$$/fd | xargs; cat /proc/self/fd/3; ps -o sid= -p $$; echo $$; env"
+    # Without a pipe: the shell would still hold its ends while ls looks.
+    script = "pwd; ls -C -w 0 /proc/$$/fd; cat /proc/self/fd/3; ps -o sid= -p $$; echo $$; env"
     lines = run("/bin/sh", "-c", script, directory=str(tmp_path), data=b"data\n").split("\n")
     assert lines[0] == str(tmp_path)
     assert set(lines[1].split()) == {"0", "1", "2", "3", *not_closed_by_exec()}
