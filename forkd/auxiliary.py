@@ -10,14 +10,15 @@ nothing that matters waits for it.
 
 import gc
 import os
-import selectors
 import signal
 import time
 from collections.abc import Callable, Collection
+from selectors import EVENT_READ
 from typing import Final
 
 from forkd import process
 from forkd.logs import Logs
+from forkd.selector import Ready, Selector
 
 BACKOFF_FIRST_SECS: Final = 0.25
 BACKOFF_MAX_SECS: Final = 30.0
@@ -32,7 +33,7 @@ class Auxiliary:
     master's fds it needs."""
 
     def __init__(
-        self, name: str, selector: selectors.BaseSelector, logs: Logs, run: Run, keep: Callable[[], Collection[int]]
+        self, name: str, selector: Selector[Ready], logs: Logs, run: Run, keep: Callable[[], Collection[int]]
     ) -> None:
         self._name = name
         self._selector = selector
@@ -111,7 +112,7 @@ class Auxiliary:
             raise
         self._pid = pid
         self._born = now
-        self._selector.register(self._pidfd, selectors.EVENT_READ, self)
+        self._selector.register(self._pidfd, EVENT_READ, self)
         self._log.debug("%s process started (pid %d)", self._name, pid)
 
     def _child(self, lifeline: int) -> None:

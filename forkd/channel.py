@@ -59,6 +59,7 @@ _TWO_FDS: Final = struct.Struct("ii")
 _SOL_SOCKET: Final = int(socket.SOL_SOCKET)
 _SCM_RIGHTS: Final = int(socket.SCM_RIGHTS)
 SEND_FLAGS: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+_MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _PAIR: Final = struct.Struct("<II")
 
 
@@ -102,6 +103,18 @@ def pack_up(kind: Up, pairs: Iterable[tuple[int, int]] = ()) -> bytes:
     return bytes((kind,)) + b"".join([_PAIR.pack(slot, attempt) for slot, attempt in pairs])
 
 
-def parse_up(message: bytes) -> tuple[Up, Iterable[tuple[int, int]]]:
-    """The kind of an up message and its (slot, attempt) pairs."""
-    return Up(message[0]), _PAIR.iter_unpack(memoryview(message)[1:])
+def parse_up(message: bytes) -> tuple[int, Iterable[tuple[int, int]]]:
+    """The kind of an up message (see Up) and its (slot, attempt) pairs."""
+    return message[0], _PAIR.iter_unpack(message[1:])
+
+
+def receive_up(sock: SocketType, room: bytearray) -> bytes:
+    """Read one up message into `room` (scratch memory) and return it; b"" at the end of file.
+
+    It has no room for fds: were any sent this way, the kernel would close them. Raises BlockingIOError when there is no
+    message, OSError otherwise.
+    """
+    length = sock.recv_into(room, 0, _MSG_DONTWAIT)
+    if not length:  # or a message and then the end came while the kernel looked: see `handoff.receive`
+        length = sock.recv_into(room, 0, _MSG_DONTWAIT)
+    return bytes(room[:length])

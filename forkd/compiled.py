@@ -30,6 +30,7 @@ MODULES: Final = (
     "forkd.metrics",
     "forkd.moderation",
     "forkd.peer",
+    "forkd.selector",
     "forkd.supervisor",
     "workers.backends.openai",
     "workers.bare",

@@ -22,7 +22,7 @@ import struct
 import termios
 from collections.abc import Sequence
 from socket import SocketType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
@@ -72,15 +72,18 @@ class ClientGone(NotAClient):
     """It was one, and has reset the connection."""
 
 
-class Message(NamedTuple):
+class Message:
     """What one recvmsg(2) returned. The receiver owns `fds`."""
 
-    payload: bytes
-    fds: tuple[int, ...]
-    truncated: bool
-    """The message was longer than the room for it (MSG_TRUNC)."""
-    fds_truncated: bool
-    """More fds were sent than arrived (MSG_CTRUNC): three were sent, or this process has no fd left."""
+    __slots__ = ("fds", "fds_truncated", "payload", "truncated")
+
+    def __init__(self, payload: bytes, fds: tuple[int, ...], truncated: bool, fds_truncated: bool) -> None:
+        self.payload = payload
+        self.fds = fds
+        self.truncated = truncated
+        """The message was longer than the room for it (MSG_TRUNC)."""
+        self.fds_truncated = fds_truncated
+        """More fds were sent than arrived (MSG_CTRUNC): three were sent, or this process has no fd left."""
 
 
 def receive(sock: SocketType, room: bytearray) -> Message | None:

@@ -23,10 +23,10 @@ fds: a Sender owns its connection and what it has received so far; `deliver` tak
 
 import errno
 import os
-import selectors
 import socket
 from collections.abc import Callable
 from logging import Logger
+from selectors import EVENT_READ
 from socket import SocketType
 from typing import Final, Protocol
 
@@ -35,6 +35,7 @@ from forkd.board import Kind
 from forkd.channel import DATA_FD, PAYLOAD_IN_MEMFD
 from forkd.listener import Listener
 from forkd.metrics import Metrics
+from forkd.selector import Ready, Selector
 from forkd.settings import Server
 
 _AF_UNIX: Final = int(socket.AF_UNIX)
@@ -172,7 +173,7 @@ class Intake:
 
     def __init__(
         self,
-        selector: selectors.BaseSelector,
+        selector: Selector[Ready],
         listeners: list[Listener],
         server: Server,
         deliver: Deliver,
@@ -238,9 +239,9 @@ class Intake:
         self._paused = False
         if not self._stopped:
             for listener in self._listeners:
-                self._selector.register(listener.sock, selectors.EVENT_READ, _Acceptor(self, listener))
+                self._selector.register(listener.sock.fileno(), EVENT_READ, _Acceptor(self, listener))
         for sender in (*self._silent, *self._idle):
-            self._selector.register(sender.sock, selectors.EVENT_READ, sender)
+            self._selector.register(sender.sock.fileno(), EVENT_READ, sender)
 
     def room_for_more(self) -> int:
         """For how many more handoffs there are fds. If for none, nothing is accepted or read until `resume` finds some:
@@ -259,10 +260,10 @@ class Intake:
         self._paused = True
         if not self._stopped:
             for listener in self._listeners:
-                self._selector.unregister(listener.sock)
+                self._selector.unregister(listener.sock.fileno())
         for sender in (*self._silent, *self._idle):
             if sender.watched:
-                self._selector.unregister(sender.sock)
+                self._selector.unregister(sender.sock.fileno())
 
     def _close_idle(self) -> None:
         """Close connections that are kept for later handoffs; whoever wants to send by one gets EPIPE and connects
@@ -420,14 +421,14 @@ class Intake:
         if not sender.watched:
             sender.watched = True
             if not self._paused:
-                self._selector.register(sender.sock, selectors.EVENT_READ, sender)
+                self._selector.register(sender.sock.fileno(), EVENT_READ, sender)
 
     def drop(self, sender: Sender) -> None:
         """Done with a sender."""
         self._silent.pop(sender, None)
         self._idle.discard(sender)
         if sender.watched and not self._paused:
-            self._selector.unregister(sender.sock)
+            self._selector.unregister(sender.sock.fileno())
         sender.watched = False
         sender.close()
 
@@ -453,7 +454,7 @@ class Intake:
             return
         if not self._paused:
             for listener in self._listeners:
-                self._selector.unregister(listener.sock)
+                self._selector.unregister(listener.sock.fileno())
         self._stopped = True
         for listener in self._listeners:
             if listener.shared:  # what waits there is for whoever has it too

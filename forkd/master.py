@@ -9,7 +9,6 @@ at once. After an upgrade it drains too, but what is new goes to its successor: 
 import logging
 import os
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -17,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
+from selectors import EVENT_READ
 from typing import Final
 
 from forkd import process, systemd, upgrade
@@ -32,6 +32,7 @@ from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
 from forkd.reload import Reader, settle
+from forkd.selector import Ready, Selector
 from forkd.settings import Server, Settings, worker_counts
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
@@ -105,7 +106,7 @@ class Master:
         self._metrics = Metrics(self._metrics_dir, f"{self._side}master")
         if self._metrics.fault is not None:
             self._log.error("going on without metrics: %s", self._metrics.fault)
-        self._selector = selectors.DefaultSelector()
+        self._selector: Selector[Ready] = Selector(self._crashed)
         self._board = Board(capacity)
         self._ledger = Ledger(self._board, capacity, keep=server.ledger)
         self._signals = process.Signals(_HANDLED, _IGNORED)
@@ -149,7 +150,7 @@ class Master:
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
-        self._selector.register(self._signals.wakeup_fd, selectors.EVENT_READ, self)
+        self._selector.register(self._signals.wakeup_fd, EVENT_READ, self)
         self._log.info(
             "forkd listens on %s; %d workers, room for %d streams",
             ", ".join(listener.path for listener in self._listeners),
@@ -181,13 +182,7 @@ class Master:
             events = self._selector.select(max(0.0, next_tick - looked))
             now = time.monotonic()
             moderation.woken(now - looked)
-            for key, mask in events:
-                try:
-                    key.data.on_ready(mask)
-                except Exception:
-                    self._survive(f"serving {type(key.data).__name__}")
-                    if isinstance(key.data, Sender):
-                        self._intake.drop(key.data)
+            self._selector.serve(events)
             try:
                 if now >= next_tick:
                     next_tick = now + TICK_SECS
@@ -198,6 +193,11 @@ class Master:
             except Exception:
                 self._survive("the tick")
         return self._leave()
+
+    def _crashed(self, ready: Ready, _error: Exception) -> None:
+        self._survive(f"serving {type(ready).__name__}")
+        if isinstance(ready, Sender) and self._intake is not None:
+            self._intake.drop(ready)
 
     def _survive(self, what: str) -> None:
         """A bug of ours must cost no more than what it hit: every stream there is hangs on this process."""

@@ -11,17 +11,18 @@ What cannot change while forkd runs keeps its old value (`settle`), and its name
 import math
 import os
 import pickle
-import selectors
 import signal
 import time
 from collections.abc import Callable
 from logging import Logger
+from selectors import EVENT_READ
 from typing import Any, Final
 
 import msgspec
 
 from forkd import process
 from forkd.config import ConfigError, Loaded
+from forkd.selector import Ready, Selector
 from forkd.settings import ListenerSettings, Settings
 
 TIMEOUT_SECS: Final = 30.0
@@ -86,7 +87,7 @@ class Reader:
 
     def __init__(
         self,
-        selector: selectors.BaseSelector,
+        selector: Selector[Ready],
         log: Logger,
         load: Callable[[], Loaded],
         answer: Callable[[Loaded | list[str]], None],
@@ -138,7 +139,7 @@ class Reader:
             except OSError:
                 pass
             else:
-                self._selector.register(self._pidfd, selectors.EVENT_READ, self)
+                self._selector.register(self._pidfd, EVENT_READ, self)
                 return
         code = self._bury()
         data, self._read = bytes(self._read), bytearray()
@@ -182,7 +183,7 @@ class Reader:
             os.close(theirs)
         self.pid = pid
         self._started = time.monotonic()
-        self._selector.register(self._pipe, selectors.EVENT_READ, self)
+        self._selector.register(self._pipe, EVENT_READ, self)
 
     def _child(self, pipe: int) -> None:
         """Read, tell, go. Never returns."""

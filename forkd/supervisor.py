@@ -16,11 +16,11 @@ The heartbeat is judged by the master's own ticks, not by the clock: when the wh
 
 import errno
 import os
-import selectors
 import signal
 import socket
 import time
 from collections.abc import Callable
+from selectors import EVENT_READ, EVENT_WRITE
 from typing import Final
 
 from forkd import channel, cpus, handoff, process
@@ -32,12 +32,15 @@ from forkd.generations import Generation, Generations
 from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
+from forkd.selector import Ready, Selector
 from forkd.settings import COMMON, Settings
 
 TICK_SECS: Final = 0.25
 LATE_SECS: Final = 3.0
 ABORT_GRACE_SECS: Final = 1.0
 MESSAGES_PER_TURN: Final = 64
+_FINISHED: Final = int(Up.FINISHED)
+"""A member of an enum is looked up each time, in compiled code too."""
 
 Run = Callable[[Boot], None]
 
@@ -49,7 +52,7 @@ class Supervisor:
 
     def __init__(
         self,
-        selector: selectors.BaseSelector,
+        selector: Selector[Ready],
         board: Board,
         settings: Settings,
         logs: Logs,
@@ -173,7 +176,11 @@ class Supervisor:
         timeout = self.generations.current.settings.workers.timeout_secs
         for peer in self.peers:
             peer.tell_again()
-            if peer.full and not self._watches_write(peer) and peer.life is Life.READY:
+            if (
+                peer.full
+                and not self._selector.watched(peer.channel.fileno()) & EVENT_WRITE
+                and peer.life is Life.READY
+            ):
                 peer.full = False  # fds, or memory, may be there again, and nothing would tell us: try
                 self.dispatcher.pump()
             beat = peer.row.beat
@@ -239,8 +246,8 @@ class Supervisor:
         peer.stream_limit = self.generations.limit_of(generation)
         self._board.peer_row(index).store_born(pid, generation.number, pool)
         self.peers.append(peer)
-        self._selector.register(peer.pidfd, selectors.EVENT_READ, _OnDeath(self, peer))
-        self._selector.register(ours, selectors.EVENT_READ, _OnChannel(self, peer))
+        self._selector.register(peer.pidfd, EVENT_READ, _OnDeath(self, peer))
+        self._selector.register(ours.fileno(), EVENT_READ, _OnChannel(self, peer))
         self._log.debug("worker %d started (pid %d)", index, pid)
 
     def _child(self, index: int, theirs: socket.socket, generation: Generation, pool: str) -> None:
@@ -285,38 +292,34 @@ class Supervisor:
 
     def watch_full(self, peer: Peer) -> None:
         """Call the dispatcher when this worker's channel takes messages again."""
-        self._selector.modify(
-            peer.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._selector.get_key(peer.channel).data
-        )
+        self._selector.modify(peer.channel.fileno(), EVENT_READ | EVENT_WRITE)
 
     def on_channel(self, peer: Peer, mask: int) -> None:
         """A channel is readable or writable."""
         if peer.life is Life.DEAD:
             return
-        if mask & selectors.EVENT_WRITE:
-            self._selector.modify(peer.channel, selectors.EVENT_READ, self._selector.get_key(peer.channel).data)
+        if mask & EVENT_WRITE:
+            self._selector.modify(peer.channel.fileno(), EVENT_READ)
             self.dispatcher.writable(peer)
-        if mask & selectors.EVENT_READ and not self._hear(peer, MESSAGES_PER_TURN):
+        if mask & EVENT_READ and not self._hear(peer, MESSAGES_PER_TURN):
             # The worker closed its end: its death is on the way, and the pidfd tells it.
-            self._selector.unregister(peer.channel)
+            self._selector.unregister(peer.channel.fileno())
             peer.full = True
 
     def _hear(self, peer: Peer, messages: int) -> bool:
         """Take in up to so many messages; False at the end of file."""
         for _ in range(messages):
             try:
-                message = handoff.receive(peer.channel, self._room)
+                message = channel.receive_up(peer.channel, self._room)
             except BlockingIOError:
                 return True
             except ConnectionResetError:  # said once of a worker that died with messages unread; its own come behind
                 continue
             except OSError:
                 return False
-            if message is None:
+            if not message:
                 return False
-            for fd in message.fds:  # none is ever sent this way
-                os.close(fd)
-            self._obey(peer, message.payload)
+            self._obey(peer, message)
             if not handoff.more_waits(peer.channel):
                 break
         return True
@@ -324,33 +327,26 @@ class Supervisor:
     def _obey(self, peer: Peer, message: bytes) -> None:
         kind, pairs = channel.parse_up(message)
         dispatcher = self.dispatcher
-        if kind is Up.FINISHED:
+        if kind == _FINISHED:
             for slot, attempt in pairs:
                 dispatcher.finished(peer, slot, attempt)
-            if peer.full and not self._watches_write(peer):
+            if peer.full and not self._selector.watched(peer.channel.fileno()) & EVENT_WRITE:
                 peer.full = False
-            if dispatcher.queued:
-                dispatcher.pump()
-        elif kind is Up.READY:
+            dispatcher.pump()
+        elif kind == Up.READY:
             pool = f", pool {peer.pool}" if peer.pool != COMMON else ""
             self._log.info("worker %d ready (pid %d, generation %d%s)", peer.index, peer.pid, peer.generation, pool)
             if peer.life is Life.STARTING:
                 self.generations.ready(peer, time.monotonic())
                 self.maintain(time.monotonic())
             dispatcher.pump()
-        elif kind is Up.RETURNED:
+        elif kind == Up.RETURNED:
             for slot, attempt in pairs:
                 dispatcher.returned(peer, slot, attempt)
-        elif kind is Up.DRAINING:
+        elif kind == Up.DRAINING:
             self._log.info("worker %d drains: it was sent SIGTERM, or asks to be replaced", peer.index)
             self.generations.retire(peer, time.monotonic())
             self.maintain(time.monotonic())
-
-    def _watches_write(self, peer: Peer) -> bool:
-        try:
-            return bool(self._selector.get_key(peer.channel).events & selectors.EVENT_WRITE)
-        except KeyError:
-            return False
 
     def on_death(self, peer: Peer) -> None:
         """A worker's pidfd is readable."""
@@ -360,10 +356,8 @@ class Supervisor:
         while self._hear(peer, MESSAGES_PER_TURN) and _readable(peer.channel):
             pass
         os.close(peer.pidfd)
-        try:
-            self._selector.unregister(peer.channel)
-        except KeyError:
-            pass
+        if self._selector.watched(peer.channel.fileno()):
+            self._selector.unregister(peer.channel.fileno())
         peer.channel.close()
         self.peers.remove(peer)
         self.totals = [sum(pair) for pair in zip(self.totals, peer.row.totals, strict=True)]

@@ -13,7 +13,6 @@ directory, in files of their own (`side`), so that no counter falls; the sides t
 
 import json
 import os
-import selectors
 import signal
 import socket
 import stat
@@ -21,10 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, MutableMapping
 from logging import Logger
+from selectors import EVENT_READ
 from typing import Final, NamedTuple
 
 from forkd import process, systemd
 from forkd.listener import Listener
+from forkd.selector import Ready, Selector
 
 VARIABLE: Final = "FORKD_UPGRADE"
 READY_SECS: Final = 60.0
@@ -124,7 +125,7 @@ class Upgrade:
 
     def __init__(
         self,
-        selector: selectors.BaseSelector,
+        selector: Selector[Ready],
         log: Logger,
         succeeded: Callable[[int, list[str]], None],
         failed: Callable[[str], None],
@@ -192,7 +193,7 @@ class Upgrade:
         self._ready, self._alive = ready, alive
         self._quit = False
         self._deadline = time.monotonic() + READY_SECS
-        self._selector.register(ready, selectors.EVENT_READ, self)
+        self._selector.register(ready, EVENT_READ, self)
         self._log.info("upgrade: started a new master (pid %d)", pid)
 
     def on_ready(self, _mask: int) -> None:

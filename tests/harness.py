@@ -220,6 +220,11 @@ def fd_targets(pid: int) -> list[str]:
     return sorted(targets)
 
 
+def fail(_ready: object, error: Exception) -> None:
+    """For a selector in whose callbacks nothing may go wrong."""
+    raise error
+
+
 def own_fds() -> int:
     """How many fds this process has open, without those that wait for the garbage collector."""
     gc.collect()

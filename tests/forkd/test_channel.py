@@ -72,8 +72,25 @@ def test_the_body_of_an_end_survives(state: int, code: str, payload: bytes) -> N
 @given(st.sampled_from(list(Up)), st.lists(st.tuples(UINT32, UINT32)))
 def test_messages_up_survive(kind: Up, pairs: list[tuple[int, int]]) -> None:
     parsed, found = channel.parse_up(channel.pack_up(kind, pairs))
-    assert parsed is kind
+    assert parsed == kind
     assert list(found) == pairs
+
+
+def test_of_what_comes_up_only_the_bytes_are_taken() -> None:
+    """A worker runs its users' code, which may send anything: no fd of it may pile up in the master."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    room = bytearray(65536)
+    with ours, theirs, open("/dev/null", "rb") as null:
+        before = own_fds()
+        with pytest.raises(BlockingIOError):
+            channel.receive_up(ours, room)
+        handoff.send_handoff(theirs, channel.pack_up(Up.READY), [null.fileno()])
+        theirs.send(channel.pack_up(Up.FINISHED, [(1, 2)]))
+        theirs.close()
+        assert channel.receive_up(ours, room) == channel.pack_up(Up.READY)
+        assert channel.receive_up(ours, room) == channel.pack_up(Up.FINISHED, [(1, 2)])
+        assert own_fds() == before - 1  # theirs
+        assert channel.receive_up(ours, room) == b""
 
 
 def test_the_largest_end_fits_into_a_workers_room() -> None:

@@ -91,7 +91,9 @@ def test_what_does_not_fit_never_arrives_and_is_noticed(pair: tuple[socket.socke
 
 def test_a_message_without_fds_and_an_empty_one_with(pair: tuple[socket.socket, socket.socket]) -> None:
     handoff.send_handoff(pair[0], b"\0", [])
-    assert handoff.receive(pair[1], ROOM) == (b"\0", (), False, False)
+    message = handoff.receive(pair[1], ROOM)
+    assert message is not None
+    assert (message.payload, message.fds, message.truncated, message.fds_truncated) == (b"\0", (), False, False)
     with open("/dev/null", "rb") as null:
         send(pair[0], b"", null.fileno())
     message = handoff.receive(pair[1], ROOM)

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import selectors
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from forkd.board import Kind
 from forkd.intake import ACCEPTS_PER_TURN, Intake
 from forkd.listener import Listener
 from forkd.metrics import Metrics
+from forkd.selector import Ready, Selector
 from forkd.settings import ListenerSettings, Server
-from tests.harness import connect, own_fds, send
+from tests.harness import connect, fail, own_fds, send
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Desk:
     fds_left: int = 1000
     now: float = 0.0
     delivered: list[Delivered] = field(default_factory=list)
-    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    selector: Selector[Ready] = field(default_factory=lambda: Selector(fail))
     metrics: Metrics = field(default_factory=lambda: Metrics(None, "test"))
 
     def open(self, *, begun: bool = True, **server: Any) -> "Desk":
@@ -73,8 +73,7 @@ class Desk:
     def turn(self) -> int:
         """One turn of the master's loop; returns how many callbacks were due."""
         events = self.selector.select(0)
-        for key, mask in events:
-            key.data.on_ready(mask)
+        self.selector.serve(events)
         return len(events)
 
     def settle(self) -> None:

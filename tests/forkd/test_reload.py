@@ -2,7 +2,6 @@
 
 import logging
 import os
-import selectors
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 from forkd import config, reload
 from forkd.config import ConfigError, Loaded
 from forkd.reload import FIXED, TIMEOUT_SECS, Reader, settle
+from forkd.selector import Ready, Selector
 from forkd.settings import (
     ListenerSettings,
     Logging,
@@ -25,7 +25,7 @@ from forkd.settings import (
     TypingBackend,
     Workers,
 )
-from tests.harness import own_fds, wait_for
+from tests.harness import fail, own_fds, wait_for
 
 
 def server(**more: Any) -> Server:
@@ -142,7 +142,7 @@ class Desk:
     """A Reader and its answers."""
 
     def __init__(self, load: Callable[[], Loaded]) -> None:
-        self.selector = selectors.DefaultSelector()
+        self.selector: Selector[Ready] = Selector(fail)
         self.answers: list[Loaded | list[str]] = []
         self.reader = Reader(self.selector, logging.getLogger("test"), load, self.answers.append)
 
@@ -150,8 +150,7 @@ class Desk:
         end = time.monotonic() + 20
         while len(self.answers) < answers:
             assert time.monotonic() < end
-            for key, mask in self.selector.select(1):
-                key.data.on_ready(mask)
+            self.selector.serve(self.selector.select(1))
         return self.answers
 
 
@@ -322,6 +321,6 @@ def test_a_master_that_leaves_ends_the_child() -> None:
     desk.reader.ask()
     desk.reader.cancel()
     assert desk.reader.pid == 0
-    assert not desk.selector.get_map()
+    assert not desk.selector.registered
     desk.reader.cancel()
     assert desk.answers == []

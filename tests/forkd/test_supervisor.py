@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import selectors
 import signal
 import socket
 import time
@@ -21,9 +20,10 @@ from forkd.ledger import Ledger
 from forkd.logs import Logs, Sink
 from forkd.metrics import Metrics
 from forkd.peer import Life, Peer
+from forkd.selector import Ready, Selector
 from forkd.settings import COMMON, Server, Settings, Workers
 from forkd.supervisor import LATE_SECS, TICK_SECS, Supervisor
-from tests.harness import wait_for
+from tests.harness import fail, wait_for
 
 Run = Callable[[Boot], None]
 
@@ -54,7 +54,7 @@ class House:
     """A supervisor with its surroundings, whose loop is turned by hand."""
 
     def __init__(self, directory: Path, run: Run) -> None:
-        self.selector = selectors.DefaultSelector()
+        self.selector: Selector[Ready] = Selector(fail)
         self.log = directory / "log"
         self.sink = Sink(str(self.log))
         board = Board(1000)
@@ -79,8 +79,7 @@ class House:
         end = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < end, f"never happened: {what}\n{self.log.read_text()}"
-            for key, mask in self.selector.select(0.05):
-                key.data.on_ready(mask)
+            self.selector.serve(self.selector.select(0.05))
 
     def receive(self, payload: bytes = b"{}", listener: int = 0) -> socket.socket:
         client, server = socket.socketpair()

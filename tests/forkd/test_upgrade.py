@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import selectors
 import signal
 import socket
 import subprocess
@@ -20,9 +19,10 @@ import pytest
 
 from forkd import upgrade
 from forkd.listener import Listener
+from forkd.selector import Ready, Selector
 from forkd.settings import ListenerSettings
 from forkd.upgrade import QUIT_SECS, READY_SECS, SIDES, VARIABLE, Upgrade, clear_gauges, take
-from tests.harness import own_fds, wait_for
+from tests.harness import fail, own_fds, wait_for
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -51,7 +51,7 @@ class Old:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory
         self._monkeypatch = monkeypatch
-        self.selector = selectors.DefaultSelector()
+        self.selector: Selector[Ready] = Selector(fail)
         self.listener = Listener(0, ListenerSettings(path=str(directory / "a.sock")))
         self.metrics = socket.create_server(("127.0.0.1", 0))
         self.succeeded: list[tuple[int, list[str]]] = []
@@ -74,8 +74,7 @@ class Old:
         end = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < end
-            for key, mask in self.selector.select(0.1):
-                key.data.on_ready(mask)
+            self.selector.serve(self.selector.select(0.1))
 
     def close(self) -> None:
         self.listener.close()

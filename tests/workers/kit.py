@@ -12,11 +12,12 @@ import pytest
 from forkd.board import Board, State
 from forkd.logs import Logs, Sink
 from forkd.metrics import Metrics
+from forkd.selector import Selector
 from forkd.settings import Server, Settings
 from tests.harness import Answer
 from workers.attachments import Attachments
 from workers.context import Context, Timings
-from workers.loop import Loop, Selector
+from workers.loop import Loop
 from workers.offload import Offload
 from workers.request import Request, parse
 from workers.starters import Starters
@@ -38,9 +39,9 @@ class Clock:
 class HastySelector:
     """A selector that does not wait: when nothing is ready, the time it would have waited has passed."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, selector: Selector[Any]) -> None:
         self._clock = clock
-        self._selector = Selector()
+        self._selector = selector
 
     def select(self, timeout: float) -> list[tuple[int, int]]:
         events = self._selector.select(0)
@@ -59,7 +60,7 @@ class World:
         self.clock = Clock()
         monkeypatch.setattr("workers.loop.time", self.clock)
         self.loop = Loop()
-        self.loop.selector = HastySelector(self.clock)  # type: ignore[assignment]
+        self.loop.selector = HastySelector(self.clock, self.loop.selector)  # type: ignore[assignment]
         self.board = Board(16)
         self.log = directory / "log"
         settings = Settings(server=Server(socket_path="unused", **server))

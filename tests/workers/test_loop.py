@@ -1,13 +1,12 @@
 """The loop: readiness, time, and errors that stay with whoever made them."""
 
-import os
 import socket
 from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
 from tests.workers.kit import World
-from workers.loop import EVENTS_MAX, LONGEST_SLEEP_SECS, Loop, to_ticks
+from workers.loop import LONGEST_SLEEP_SECS, Loop, to_ticks
 
 
 class Probe:
@@ -131,53 +130,6 @@ def test_the_real_clock_too() -> None:
 @pytest.mark.parametrize(("secs", "ticks"), [(0, 1), (0.001, 1), (0.014, 1), (0.016, 2), (1, 100), (300, 30_000)])
 def test_to_ticks(secs: float, ticks: int) -> None:
     assert to_ticks(secs) == ticks
-
-
-def test_a_readable_fd_is_told_until_it_is_read(world: World) -> None:
-    read_end, write_end = os.pipe()
-    probe = Probe(world, "r")
-    world.loop.selector.register(read_end, EVENT_READ, probe)
-    os.write(write_end, b"x")
-    world.loop.turn()
-    world.loop.turn()
-    assert probe.log == [("r", EVENT_READ)] * 2
-    os.read(read_end, 1)
-    world.loop.turn()
-    assert len(probe.log) == 2
-    world.loop.selector.unregister(read_end)
-    os.close(read_end)
-    os.close(write_end)
-
-
-def test_more_events_than_one_turn_takes_are_all_served() -> None:
-    """And a busy fd keeps no other from its turn."""
-    loop = Loop()
-    count = EVENTS_MAX + 100
-    served: dict[int, int] = {}
-
-    class Ready:
-        def __init__(self, fd: int) -> None:
-            self.fd = fd
-
-        def on_ready(self, _mask: int) -> None:
-            served[self.fd] = served.get(self.fd, 0) + 1  # and never reads: it stays ready
-
-        def crashed(self, error: Exception) -> None:
-            raise error
-
-    fds = [os.eventfd(1) for _ in range(count)]
-    try:
-        for fd in fds:
-            loop.selector.register(fd, 1, Ready(fd))
-        loop.turn()
-        assert len(served) == EVENTS_MAX
-        loop.turn()
-        assert len(served) == count
-    finally:
-        for fd in fds:
-            loop.selector.unregister(fd)
-            os.close(fd)
-        loop.selector.close()
 
 
 def test_what_is_queued_goes_out_at_the_end_of_the_turn_and_a_crash_costs_nobody_else() -> None:

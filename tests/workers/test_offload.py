@@ -306,7 +306,7 @@ def test_after_a_time_without_epoll_watches_all_is_as_before(
 
     offload = make()
     with monkeypatch.context() as patch:
-        patch.setattr("workers.loop.Selector.register", refuse)
+        patch.setattr("forkd.selector.Selector.register", refuse)
         with pytest.raises(OSError, match="No space"):
             offload.run(int, lambda _: None)
     seen: list[Any] = []
