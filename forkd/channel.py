@@ -63,7 +63,7 @@ _MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _PAIR: Final = struct.Struct("<II")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)  # the __init__ that is made would not be compiled
 class Assignment:
     """The head of a down message. `received_at` is CLOCK_MONOTONIC, which all processes of a machine share."""
 
@@ -73,6 +73,14 @@ class Assignment:
     flags: int
     listener: int
     received_at: float
+
+    def __init__(self, slot: int, attempt: int, kind: int, flags: int, listener: int, received_at: float) -> None:
+        self.slot = slot
+        self.attempt = attempt
+        self.kind = kind
+        self.flags = flags
+        self.listener = listener
+        self.received_at = received_at
 
 
 def send_down(sock: SocketType, head: Assignment, body: bytes, fds: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from typing import Final
 MODULES: Final = (
     "forkd.channel",
     "forkd.dispatcher",
+    "forkd.generations",
     "forkd.handoff",
     "forkd.intake",
     "forkd.ledger",

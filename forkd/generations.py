@@ -241,7 +241,8 @@ class Generations:
         all_serving.sort(key=lambda peer: (peer.life is Life.READY, peer.active))
         for pool in self.current.wanted:
             serving = [peer for peer in all_serving if peer.pool == pool]
-            for peer in serving[: max(0, len(serving) - self._due(pool))]:
+            surplus = max(0, len(serving) - self._due(pool))
+            for peer in serving[:surplus]:
                 self.retire(peer, now)
 
     def _due(self, pool: str) -> int:

@@ -42,6 +42,7 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
+ASK_AFTER: Final = 4
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
 
@@ -61,7 +62,19 @@ class OutOfFds(Exception):
 class Sender:
     """One connection from Apache."""
 
-    __slots__ = ("_bytes", "_chunks", "_fds", "_intake", "_silence", "listener", "served", "since", "sock", "watched")
+    __slots__ = (
+        "_bytes",
+        "_chunks",
+        "_fds",
+        "_intake",
+        "_silence",
+        "_unasked",
+        "listener",
+        "served",
+        "since",
+        "sock",
+        "watched",
+    )
 
     def __init__(self, intake: "Intake", listener: Listener, sock: SocketType, now: float) -> None:
         self._intake = intake
@@ -72,6 +85,8 @@ class Sender:
         """It has handed over at least once, and may be idle now."""
         self.watched = False
         """Its socket is registered, except while the intake is paused."""
+        self._unasked = 0
+        """How often one message was read without asking for another."""
         self._chunks: list[bytes] = []
         self._bytes = 0
         self._fds: tuple[int, ...] = ()
@@ -83,10 +98,22 @@ class Sender:
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
         for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
-            if not self._read_one() or not (self.listener.is_stream or handoff.more_waits(self.sock)):
+            if not self._read_one() or not (self.listener.is_stream or self._more_waits()):
                 break
         if self.sock.fileno() >= 0:
             intake.keep(self)
+
+    def _more_waits(self) -> bool:
+        """Whether another message is worth a try. Behind the one message of an Apache child there is hardly ever
+        another, so who had none is asked only now and then: what waits keeps the socket readable.
+        """
+        if self._unasked < ASK_AFTER:
+            self._unasked += 1
+            return False
+        if handoff.more_waits(self.sock):
+            return True
+        self._unasked = 0
+        return False
 
     def _read_one(self) -> bool:
         """Read one message; False when there is none just now, or when the last one was read and the sender dropped."""

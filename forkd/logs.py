@@ -110,6 +110,11 @@ class Sink:
         """Keep a line for the next `flush`."""
         self._lines.append(line)
 
+    @property
+    def waiting(self) -> bool:
+        """There is something to flush."""
+        return bool(self._lines)
+
     def flush(self) -> None:
         """Write what was kept, in chunks of whole lines; drop and count what does not go."""
         if not self._lines:

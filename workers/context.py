@@ -68,7 +68,7 @@ class Context:
     """One worker's shared things, held by each stream by one reference.
 
     states, words, current: the board's cells; `words[current] = slot + 1` says which slot is being handled.
-    finished: (slot, attempt) pairs for the master, sent once per loop turn.
+    finished: (slot, attempt) pairs for the master, sent by `workers.main`.
     started, completed, failed, sent_bytes: over this worker's life.
     streams: those whose client is not closed yet, each of which is a slot that this worker holds.
     """

@@ -1,8 +1,9 @@
 """A worker's life: boot, take clients in, stream, drain, go.
 
-It hears from the master by the channel alone, tells it what is done once per loop turn, and shows on the board that it
-lives. It goes when it was told to (DRAIN, SIGTERM, or the master is gone) and its last client is closed; STOP ends the
-clients first. Signals that a terminal sends to the whole group are the master's business and ignored here.
+It hears from the master by the channel alone, tells it what is done at the end of a loop's turn, though only once in a
+tick, and shows on the board that it lives. It goes when it was told to (DRAIN, SIGTERM, or the master is gone) and its
+last client is closed; STOP ends the clients first. Signals that a terminal sends to the whole group are the master's
+business and ignored here.
 """
 
 import faulthandler
@@ -102,6 +103,9 @@ class Worker:
         self._handlers.begin()
         self._measure = Measure()
         self._returned: list[tuple[int, int]] = []
+        self._told_at = 0
+        self._telling = False
+        """`_tell` is called at the next tick."""
         self._draining = False
         self._replaced = False
         """Another worker was asked for."""
@@ -121,7 +125,7 @@ class Worker:
         beat = 0
         self._housekeeping()  # first: whoever hears that it is ready finds it in ps
         self._say(Up.READY)
-        settings = context.settings
+        settings, sink = context.settings, context.logs.sink
         for name in {settings.default_backend, *(listener.backend for listener in settings.all_listeners())}:
             if name in context.pools:
                 context.pools[name].prepare()
@@ -131,9 +135,11 @@ class Worker:
             words[current] = 0
             beat += 1
             row.store_beat(beat)
-            if context.finished or self._returned:
-                self._report()
-            context.logs.sink.flush()
+            if context.finished or self._returned or sink.waiting:
+                if self._told_at != loop.at or self._returned:
+                    self._tell()
+                else:  # a thousand times a second it would cost more than what is told; the clients have their end
+                    self._tell_soon()
         given_up_at = loop.now + LAST_SECS
         while (context.files.pending or self._handlers.unfinished) and loop.now < given_up_at:
             loop.turn()
@@ -218,17 +224,30 @@ class Worker:
             self._speaks = False
         return True
 
+    def _tell(self) -> None:
+        """What is done, to the master and the log."""
+        self._told_at = self._loop.at
+        if self._context.finished or self._returned:
+            self._report()
+        self._context.logs.sink.flush()
+
+    def _tell_soon(self) -> None:
+        if not self._telling:
+            self._telling = True
+            self._loop.after(1, _Callback(self._tell_now))
+
+    def _tell_now(self) -> None:
+        self._telling = False
+        self._tell()
+
     def _report(self) -> None:
         """Tell the master which slots are free: one message, or a few after a storm; what does not go waits a tick."""
         for kind, pairs in ((Up.FINISHED, self._context.finished), (Up.RETURNED, self._returned)):
             while pairs:
                 if not self._say(kind, pairs[:PAIRS_PER_MESSAGE]):
-                    self._loop.after(1, _Callback(self._nothing))
+                    self._tell_soon()
                     return
                 del pairs[:PAIRS_PER_MESSAGE]
-
-    def _nothing(self) -> None:
-        """Wakes the loop, which reports at the end of each turn."""
 
     def _housekeeping(self) -> None:
         """Once a second: what need not be exact."""

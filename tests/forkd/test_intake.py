@@ -13,7 +13,7 @@ import pytest
 
 from forkd import channel, handoff, intake
 from forkd.board import Kind
-from forkd.intake import ACCEPTS_PER_TURN, Intake
+from forkd.intake import ACCEPTS_PER_TURN, ASK_AFTER, Intake
 from forkd.listener import Listener
 from forkd.metrics import Metrics
 from forkd.selector import Ready, Selector
@@ -227,12 +227,16 @@ def test_no_turn_belongs_to_one_sender_or_one_backlog(desk: Desk, null: int, mon
     monkeypatch.setattr(intake, "MESSAGES_PER_TURN", 4)  # a sender can have about ten unread
     with desk.connect() as busy:
         desk.settle()
-        for _ in range(6):
+        for _ in range(ASK_AFTER + 6):
             send(busy, b"x", null)
+        for sent in range(ASK_AFTER):  # until it is seen that this one has many at a time
+            assert len(desk.delivered) == sent
+            desk.turn()
+        assert len(desk.delivered) == ASK_AFTER
         desk.turn()
-        assert len(desk.delivered) == 4
+        assert len(desk.delivered) == ASK_AFTER + 4
         desk.settle()
-        assert len(desk.delivered) == 6
+        assert len(desk.delivered) == ASK_AFTER + 6
     for _ in range(ACCEPTS_PER_TURN + 10):
         with desk.connect() as sender:
             send(sender, b"y", null)
