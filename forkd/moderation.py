@@ -7,29 +7,31 @@ come 20 to 50 ms apart.
 """
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 BUSY_AFTER: Final = 16
 
 
 class Moderation:
-    """Asked once per turn of a loop, before it waits.
+    """Asked once per turn of a loop, before it waits. `sleep` does the waiting, and may return early.
 
     A loop is busy when BUSY_AFTER times in a row something came within `gap_secs` of looking for it. What it takes to
     serve that, and the pauses themselves, do not count: they make the next wait shorter, not longer.
     """
 
-    __slots__ = ("_gap_secs", "_pause_secs", "_quick")
+    __slots__ = ("_gap_secs", "_pause_secs", "_quick", "_sleep")
 
-    def __init__(self, pause_secs: float, gap_secs: float) -> None:
+    def __init__(self, pause_secs: float, gap_secs: float, sleep: Callable[[float], object] = time.sleep) -> None:
         self._pause_secs = pause_secs
         self._gap_secs = gap_secs
+        self._sleep = sleep
         self._quick = 0
 
     def pause(self) -> None:
         """Wait a moment if the loop is busy."""
         if self._quick >= BUSY_AFTER:
-            time.sleep(self._pause_secs)
+            self._sleep(self._pause_secs)
 
     def woken(self, waited_secs: float) -> None:
         """The loop looked, and so long after that something came."""

@@ -15,6 +15,7 @@ Errors: an exception that leaves `on_ready` or `tick` is a bug; it is given to t
 which ends its own stream, and the loop goes on.
 """
 
+import select
 import time
 from heapq import heappop, heappush
 from typing import Final, Protocol
@@ -24,7 +25,7 @@ from forkd.selector import Selector
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
-PAUSE_SECS: Final = 0.001
+PAUSE_SECS: Final = 0.002
 GAP_SECS: Final = 0.0008
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
@@ -65,16 +66,33 @@ class Loop:
     is to be flushed at its end.
     """
 
-    __slots__ = ("_buckets", "_due", "_moderation", "at", "now", "queued", "selector")
+    __slots__ = ("_buckets", "_due", "_moderation", "_urgent", "at", "now", "queued", "selector")
 
     def __init__(self) -> None:
         self.selector: Selector[Ready] = Selector(_crashed)
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
-        self._moderation = Moderation(PAUSE_SECS, GAP_SECS)
+        self._urgent = select.epoll()
+        self._moderation = Moderation(PAUSE_SECS, GAP_SECS, self._sleep)
         self.queued: list[Queued] = []
         self.now = time.monotonic()
         self.at = int(self.now * TICKS_PER_SEC)
+
+    def hurry(self, fd: int) -> None:
+        """Look at once, even when busy, when `fd`, which the selector watches too, is readable."""
+        self._urgent.register(fd, select.EPOLLIN)
+
+    def hurry_no_more(self, fd: int) -> None:
+        """Take back `hurry`. Before the fd is closed."""
+        self._urgent.unregister(fd)
+
+    def close(self) -> None:
+        """Give its own fds back."""
+        self.selector.close()
+        self._urgent.close()
+
+    def _sleep(self, secs: float) -> None:
+        self._urgent.poll(secs, 1)
 
     def after(self, ticks: int, timed: Timed) -> None:
         """Call `timed.tick` after so many ticks, at least one."""

@@ -114,6 +114,7 @@ class Worker:
         self._speaks = True
         selector = self._loop.selector
         selector.register(self._channel.fileno(), EVENT_READ, _Callback(self._on_channel))
+        self._loop.hurry(self._channel.fileno())
         selector.register(signals.wakeup_fd, EVENT_READ, _Callback(self._on_signal))
 
     def run(self) -> None:
@@ -164,6 +165,7 @@ class Worker:
             if message is None:  # the master is gone, or has no more to say
                 self._hears = self._speaks = False
                 self._loop.selector.unregister(self._channel.fileno())
+                self._loop.hurry_no_more(self._channel.fileno())
                 self._drain()
                 return
             self._obey(message)
