@@ -1,6 +1,8 @@
 """One selectors loop with coarse timers.
 
-Readiness: an object registered with the selector (`forkd.selector`) has `on_ready(mask)`.
+Readiness: an object registered with the selector (`forkd.selector`) has `on_ready(mask)`. A busy loop lets tokens
+gather for a moment before it looks again (`forkd.moderation`); what must not wait so long, a new client, ends the pause
+(`hurry`).
 
 Time: deadlines are whole ticks of 10 ms, and all that is due at a tick waits in one list (a bucket), so that streams
 go out in batches: adding is an append, expiring is a walk over a list, and the only heap holds distinct ticks, not

@@ -1,15 +1,6 @@
 """Moderation: a busy loop pauses, and only a busy one."""
 
-import pytest
-
 from forkd.moderation import BUSY_AFTER, Moderation
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr("forkd.moderation.time.sleep", slept.append)
-    return slept
 
 
 def turn(moderation: Moderation, waited: float) -> None:
@@ -17,8 +8,9 @@ def turn(moderation: Moderation, waited: float) -> None:
     moderation.woken(waited)
 
 
-def test_only_a_busy_loop_pauses_and_stays_so_while_something_is_always_there(slept: list[float]) -> None:
-    moderation = Moderation(0.001, 0.0008)
+def test_only_a_busy_loop_pauses_and_stays_so_while_something_is_always_there() -> None:
+    slept: list[float] = []
+    moderation = Moderation(0.001, 0.0008, slept.append)
     for _ in range(BUSY_AFTER):
         turn(moderation, 0.0007)
     assert not slept
@@ -27,8 +19,9 @@ def test_only_a_busy_loop_pauses_and_stays_so_while_something_is_always_there(sl
     assert slept == [0.001] * 10
 
 
-def test_one_long_wait_ends_it(slept: list[float]) -> None:
-    moderation = Moderation(0.001, 0.0008)
+def test_one_long_wait_ends_it() -> None:
+    slept: list[float] = []
+    moderation = Moderation(0.001, 0.0008, slept.append)
     for _ in range(BUSY_AFTER + 1):
         turn(moderation, 0.0)
     turn(moderation, 0.0009)

@@ -86,7 +86,7 @@ class World:
         self.loop.turn()
 
     def close(self) -> None:
-        self.loop.selector.close()
+        self.loop.close()
         os.close(self.context.logs.sink.fd)
 
     def advance(self, secs: float) -> None:

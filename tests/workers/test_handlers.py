@@ -34,7 +34,7 @@ class Reader:
 def loop() -> Iterator[Loop]:
     loop = Loop()
     yield loop
-    loop.selector.close()
+    loop.close()
 
 
 @pytest.fixture

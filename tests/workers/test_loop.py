@@ -1,10 +1,13 @@
 """The loop: readiness, time, and errors that stay with whoever made them."""
 
+import os
 import socket
+import threading
 from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
+from forkd.moderation import BUSY_AFTER
 from tests.workers.kit import World
 from workers.loop import LONGEST_SLEEP_SECS, Loop, to_ticks
 
@@ -124,12 +127,51 @@ def test_the_real_clock_too() -> None:
         if done:
             break
     assert done[0] - started >= 0.02
-    loop.selector.close()
+    loop.close()
 
 
 @pytest.mark.parametrize(("secs", "ticks"), [(0, 1), (0.001, 1), (0.014, 1), (0.016, 2), (1, 100), (300, 30_000)])
 def test_to_ticks(secs: float, ticks: int) -> None:
     assert to_ticks(secs) == ticks
+
+
+def test_a_busy_loop_waits_for_what_is_slow_and_not_for_what_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause of a minute: only what hurries can end it."""
+    monkeypatch.setattr("workers.loop.PAUSE_SECS", 60.0)
+    loop = Loop()
+    seen: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_ready(self, _mask: int) -> None:
+            seen.append(self.name)
+
+        def crashed(self, error: Exception) -> None:
+            raise error
+
+    token, client = os.eventfd(1), os.eventfd(0)
+    loop.selector.register(token, EVENT_READ, Noted("token"))
+    loop.selector.register(client, EVENT_READ, Noted("client"))
+    loop.hurry(client)
+    for _ in range(BUSY_AFTER):
+        loop.turn()
+    seen.clear()
+    timer = threading.Timer(0.02, os.eventfd_write, (client, 1))
+    timer.start()
+    loop.turn()
+    assert sorted(seen) == ["client", "token"]
+    timer.join()
+    os.eventfd_read(client)
+    loop.hurry_no_more(client)
+    monkeypatch.setattr(loop._moderation, "_pause_secs", 0.001)
+    loop.turn()
+    assert seen[2:] == ["token"]
+    for fd in (token, client):
+        loop.selector.unregister(fd)
+        os.close(fd)
+    loop.close()
 
 
 def test_what_is_queued_goes_out_at_the_end_of_the_turn_and_a_crash_costs_nobody_else() -> None:
@@ -162,4 +204,4 @@ def test_what_is_queued_goes_out_at_the_end_of_the_turn_and_a_crash_costs_nobody
     assert said == ["tick", "one", "bad", "crashed bad", "two"]
     loop.turn()
     assert len(said) == 5
-    loop.selector.close()
+    loop.close()

@@ -24,7 +24,7 @@ from workers.offload import Offload
 def loop() -> Iterator[Loop]:
     loop = Loop()
     yield loop
-    loop.selector.close()
+    loop.close()
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class World:
 def world():
     world = World()
     yield world
-    world.loop.selector.close()
+    world.loop.close()
 
 
 def test_one_question_answers_all_who_wait_and_all_who_come_soon(world: World) -> None:

@@ -41,7 +41,7 @@ class World:
 def world():
     world = World()
     yield world
-    world.loop.selector.close()
+    world.loop.close()
 
 
 def test_the_request(world: World) -> None:
@@ -64,7 +64,7 @@ def test_any_cut_gives_the_same_answer_and_the_connection_lives_on(cuts: set[int
             assert listener.fields["content-type"] == "text/event-stream"
         assert world.pool.said == ["idle", "idle"]
     finally:
-        world.loop.selector.close()
+        world.loop.close()
 
 
 def test_an_interim_answer_is_passed_over(world: World) -> None:
@@ -149,7 +149,7 @@ def test_a_connection_that_dies_before_it_answers_again_was_stale(world: World) 
     fresh.connection.lost("backend_reset", "reset")
     assert first.failure is not None
     assert not first.failure.stale
-    fresh.loop.selector.close()
+    fresh.loop.close()
 
 
 def test_bytes_on_an_idle_connection_close_it(world: World) -> None:
@@ -225,7 +225,7 @@ def test_random_bytes_never_do_more_than_end_the_connection(pieces: list[bytes])
                 world.connection.received(piece)
         assert listener.error is None
     finally:
-        world.loop.selector.close()
+        world.loop.close()
 
 
 @pytest.mark.parametrize(

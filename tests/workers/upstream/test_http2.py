@@ -40,7 +40,7 @@ class World:
         self.exchange_bytes()
 
     def close(self) -> None:
-        self.loop.selector.close()
+        self.loop.close()
 
     def exchange_bytes(self) -> None:
         """Until neither has anything to say."""
@@ -302,7 +302,7 @@ def test_what_is_no_http2_at_all_is_named() -> None:
     client.received(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     assert pool.failure is not None
     assert "does not speak HTTP/2" in pool.failure.detail
-    loop.selector.close()
+    loop.close()
 
 
 def test_settings_that_never_come(world: World) -> None:
@@ -314,7 +314,7 @@ def test_settings_that_never_come(world: World) -> None:
     assert transport.fd == -1
     world.client.late()  # one that is ready does not mind
     assert world.transport.fd >= 0
-    loop.selector.close()
+    loop.close()
 
 
 @st.composite

@@ -43,7 +43,7 @@ class World:
 def world() -> Iterator[World]:
     world = World()
     yield world
-    world.loop.selector.close()
+    world.loop.close()
 
 
 def test_a_field_may_hold_any_bytes(world: World) -> None:
@@ -61,7 +61,7 @@ def test_no_head_does_more_than_end_the_connection(fields: list[tuple[bytes, byt
         head = Encoder().encode([(b":status", status), *fields])
         world.connection.received(frame(HEADERS, END_HEADERS, 1, head))
     finally:
-        world.loop.selector.close()
+        world.loop.close()
 
 
 def test_one_who_has_pings_answered_and_never_reads_is_cut_off(world: World) -> None:

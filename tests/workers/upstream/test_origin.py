@@ -29,7 +29,7 @@ class World:
 
     def close(self) -> None:
         self.threads.close()
-        self.loop.selector.close()
+        self.loop.close()
 
 
 def test_what_was_prepared_needs_no_waiting() -> None:

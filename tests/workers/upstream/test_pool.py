@@ -50,7 +50,7 @@ class World:
 def world() -> Iterator[World]:
     world = World()
     yield world
-    world.loop.selector.close()
+    world.loop.close()
 
 
 @pytest.mark.parametrize("told", [("http/1.1", "h2"), ("h2", "http/1.1"), ("", "h2")])

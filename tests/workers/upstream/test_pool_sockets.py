@@ -62,7 +62,7 @@ class World:
                 dial._transport.close()
         self.pool.close()
         self.threads.close()
-        self.loop.selector.close()
+        self.loop.close()
 
 
 class Nudge:

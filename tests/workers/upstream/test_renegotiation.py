@@ -72,4 +72,4 @@ def test_an_upstream_that_wants_to_renegotiate_can_still_be_written_to(server: t
         loop.turn()
         transport.write(b"still here\n")
     transport.close()
-    loop.selector.close()
+    loop.close()

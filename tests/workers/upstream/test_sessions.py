@@ -128,4 +128,4 @@ def test_the_second_connection_takes_up_the_session_of_the_first(server: Server,
     greeted()
     greeted()
     assert server.known == [False, True, True, False, True]
-    loop.selector.close()
+    loop.close()

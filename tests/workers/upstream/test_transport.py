@@ -62,7 +62,7 @@ def world() -> Iterator[World]:
     yield world
     world.transport.close()
     assert not world.loop.selector.registered
-    world.loop.selector.close()
+    world.loop.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
