@@ -33,6 +33,7 @@ MODULES: Final = (
     "forkd.peer",
     "forkd.selector",
     "forkd.supervisor",
+    "workers.backends.asking",
     "workers.backends.openai",
     "workers.bare",
     "workers.client",

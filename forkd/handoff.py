@@ -218,7 +218,7 @@ def check_client(fd: int) -> tuple[int, str]:
     ClientGone for one that was.
     """
     try:
-        sock = SocketType(fileno=fd)
+        sock = SocketType(-1, -1, 0, fd)  # family and type are asked for, the protocol is nothing to us
     except OSError as error:
         raise NotAClient("not a socket") from error
     try:
