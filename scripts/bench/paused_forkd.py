@@ -3,19 +3,27 @@
     paused_forkd.py PAUSE_MS [forkd's own arguments]
 
 There is no setting for it: nobody who runs forkd should have to think about it. 0 turns moderation off.
-It runs on the sources: in a compiled module the pause is part of the code.
 """
 
 import sys
+from collections.abc import Sequence
 
 sys.path.pop(0)  # forkd's imports are not to be found in this folder
 
-import workers.loop
-from forkd.cli import main
+from forkd import compiled
 
-if __name__ == "__main__":
-    pause_secs = float(sys.argv[1]) / 1000
+
+def main(pause_secs: float, arguments: Sequence[str]) -> int:
+    """Run forkd so, compiled if it is; returns the exit status."""
+    why_not = compiled.prefer()
+    import workers.loop  # noqa: PLC0415
+    from forkd import cli  # noqa: PLC0415
+
     vars(workers.loop)["PAUSE_SECS"] = pause_secs
     if pause_secs == 0:
         vars(workers.loop)["GAP_SECS"] = -1.0  # no wake-up is ever quick, so the loop is never busy
-    sys.exit(main(sys.argv[2:]))
+    return cli.main(arguments, why_not)
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]) / 1000, sys.argv[2:]))
