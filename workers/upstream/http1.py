@@ -23,6 +23,7 @@ from workers.upstream.message import HttpRequest
 from workers.upstream.transport import Transport
 
 HEAD_MAX_BYTES: Final = 65536
+REQUEST_TIMEOUT: Final = 408
 RELEASE_TICKS: Final = to_ticks(1.0)
 """How long a released exchange may take to end."""
 
@@ -220,6 +221,10 @@ class Http1:
         status = parser.get_status_code()
         if status < 200:
             return
+        if status == REQUEST_TIMEOUT and self._uses > 1:
+            # RFC 9110, 15.5.9: said of a connection on which no request came in time, while ours was on its way.
+            self._fail("backend_reset", "it gave up waiting for a request (408)", stale=True)
+            return
         exchange.status = status
         self._answered = True
         self._to_eof = "content-length" not in fields and "transfer-encoding" not in fields
@@ -267,9 +272,9 @@ class Http1:
         else:
             self._close()
 
-    def _fail(self, code: str, detail: str) -> None:
+    def _fail(self, code: str, detail: str, *, stale: bool = False) -> None:
         exchange, self._exchange = self._exchange, None
         if self._transport.fd >= 0:
             self._close()
         if exchange is not None:
-            exchange.fail(Failure(code, detail))
+            exchange.fail(Failure(code, detail, unseen=stale, stale=stale))

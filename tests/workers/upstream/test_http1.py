@@ -152,6 +152,29 @@ def test_a_connection_that_dies_before_it_answers_again_was_stale(world: World) 
     fresh.loop.close()
 
 
+TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 4\r\n\r\nlate"
+
+
+def test_a_farewell_that_crosses_the_request_is_no_answer_to_it(world: World) -> None:
+    """RFC 9110, 15.5.9: a server may say 408 on a connection that was idle for too long."""
+    world.ask()
+    world.connection.received(WHOLE)
+    _, listener = world.ask()
+    world.connection.received(TIMED_OUT)
+    assert listener.failure is not None
+    assert listener.failure.stale
+    assert listener.failure.unseen
+    assert not listener.status
+    assert world.transport.fd == -1
+    assert world.pool.said == ["idle", "closed"]
+
+
+def test_on_a_new_connection_it_is_an_answer(world: World) -> None:
+    _, listener = world.ask()
+    world.connection.received(TIMED_OUT)
+    assert (listener.status, listener.data, listener.ended) == (408, b"late", True)
+
+
 def test_bytes_on_an_idle_connection_close_it(world: World) -> None:
     world.ask()
     world.connection.received(WHOLE)
