@@ -79,6 +79,8 @@ class Auxiliary:
 
     def on_ready(self, _mask: int) -> None:
         """It is dead."""
+        if not self._pid:  # ended by `stop`, earlier in the same turn
+            return
         pid = self._pid
         code = self._bury()
         now = time.monotonic()

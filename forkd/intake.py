@@ -94,7 +94,11 @@ class Sender:
         """Why it was told to stop; a sender that comes and goes by itself (a health check does) is no failure."""
 
     def on_ready(self, _mask: int = 0) -> None:
-        """Read what is there, a bounded number of messages, as long as there is room for their fds."""
+        """Read a message, or of a sender that has many at a time what is there, a bounded number; as long as there is
+        room for their fds.
+        """
+        if self.sock.fileno() < 0:  # dropped earlier in the same turn
+            return
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
         for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):

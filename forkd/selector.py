@@ -58,9 +58,9 @@ class Selector(Generic[R]):
 
     def unregister(self, fd: int) -> None:
         """Watch no more. Before the fd is closed: where another process has it too, the kernel would go on."""
+        self._epoll.unregister(fd)
         self._registered[fd] = None
         self._events[fd] = 0
-        self._epoll.unregister(fd)
 
     def modify(self, fd: int, events: int) -> None:
         """Watch a registered fd for just these events from now on, of which there is at least one."""
@@ -88,7 +88,7 @@ class Selector(Generic[R]):
 
     def watched(self, fd: int) -> int:
         """What for: selectors.EVENT_READ, EVENT_WRITE, both, or 0 for an fd that is not registered."""
-        return self._events[fd] if fd < len(self._events) else 0
+        return self._events[fd] if 0 <= fd < len(self._events) else 0
 
     def select(self, timeout: float) -> list[tuple[int, int]]:
         """Wait so many seconds at most. What epoll(7) says, for `serve`."""

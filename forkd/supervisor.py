@@ -347,6 +347,8 @@ class Supervisor:
             self._log.info("worker %d drains: it was sent SIGTERM, or asks to be replaced", peer.index)
             self.generations.retire(peer, time.monotonic())
             self.maintain(time.monotonic())
+        else:
+            self._log.error("worker %d says what is not known here: %d", peer.index, kind)
 
     def on_death(self, peer: Peer) -> None:
         """A worker's pidfd is readable."""

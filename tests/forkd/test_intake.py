@@ -246,6 +246,18 @@ def test_no_turn_belongs_to_one_sender_or_one_backlog(desk: Desk, null: int, mon
     assert desk.payloads().count(b"y") == ACCEPTS_PER_TURN + 10
 
 
+def test_one_that_is_dropped_in_the_turn_in_which_it_sent_is_no_failure(desk: Desk, null: int) -> None:
+    with desk.connect() as sender:
+        desk.settle()
+        send(sender, b"x", null)
+        found = desk.selector.select(0)
+        desk.intake.stop()  # which reads what there is
+        assert len(desk.delivered) == 1
+        desk.selector.serve(found)
+    assert len(desk.delivered) == 1
+    assert desk.failed("sender_failed") == 0
+
+
 # Who keeps us waiting.
 
 

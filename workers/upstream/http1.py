@@ -221,8 +221,9 @@ class Http1:
         status = parser.get_status_code()
         if status < 200:
             return
-        if status == REQUEST_TIMEOUT and self._uses > 1:
+        if status == REQUEST_TIMEOUT and self._uses > 1 and fields.get("connection", "").lower() == "close":
             # RFC 9110, 15.5.9: said of a connection on which no request came in time, while ours was on its way.
+            # Most likely: some say it of a model that took too long, so it is no proof that nothing was done.
             self._fail("backend_reset", "it gave up waiting for a request (408)", stale=True)
             return
         exchange.status = status
@@ -277,4 +278,4 @@ class Http1:
         if self._transport.fd >= 0:
             self._close()
         if exchange is not None:
-            exchange.fail(Failure(code, detail, unseen=stale, stale=stale))
+            exchange.fail(Failure(code, detail, stale=stale))

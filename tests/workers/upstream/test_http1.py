@@ -163,15 +163,22 @@ def test_a_farewell_that_crosses_the_request_is_no_answer_to_it(world: World) ->
     world.connection.received(TIMED_OUT)
     assert listener.failure is not None
     assert listener.failure.stale
-    assert listener.failure.unseen
+    assert not listener.failure.unseen
     assert not listener.status
     assert world.transport.fd == -1
     assert world.pool.said == ["idle", "closed"]
 
 
-def test_on_a_new_connection_it_is_an_answer(world: World) -> None:
+@pytest.mark.parametrize(
+    ("used", "answer"), [(False, TIMED_OUT), (True, TIMED_OUT.replace(b"Connection: close\r\n", b""))]
+)
+def test_other_timeouts_are_answers(world: World, used: bool, answer: bytes) -> None:
+    """On a new connection, or where the connection stays: it is the model that took too long."""
+    if used:
+        world.ask()
+        world.connection.received(WHOLE)
     _, listener = world.ask()
-    world.connection.received(TIMED_OUT)
+    world.connection.received(answer)
     assert (listener.status, listener.data, listener.ended) == (408, b"late", True)
 
 
