@@ -2,8 +2,8 @@
 
 Two kinds of lines. *Records* are Python's `logging`, for all that happens now and then; each is written at once.
 *Access lines*, one per finished stream, are formatted by hand (a logging record costs more than the stream's own
-bookkeeping) and leave in batches, once in 10 ms at most: so many of them a process that is killed takes with it. Both
-look alike, as text (`pretty`) or as one JSON object per line (`json`).
+bookkeeping) and leave in batches, once per loop turn. Both look alike, as text (`pretty`) or as one JSON object per
+line (`json`).
 
 A process that writes to a full pipe sleeps until somebody reads it. O_NONBLOCK belongs to the open file description,
 which we share with whoever started us, so the sink opens a description of its own through /proc/self/fd where the
@@ -109,11 +109,6 @@ class Sink:
     def put(self, line: str) -> None:
         """Keep a line for the next `flush`."""
         self._lines.append(line)
-
-    @property
-    def waiting(self) -> bool:
-        """There is something to flush."""
-        return bool(self._lines)
 
     def flush(self) -> None:
         """Write what was kept, in chunks of whole lines; drop and count what does not go."""

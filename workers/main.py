@@ -136,11 +136,12 @@ class Worker:
             words[current] = 0
             beat += 1
             row.store_beat(beat)
-            if context.finished or self._returned or sink.waiting:
+            if context.finished or self._returned:
                 if self._told_at != loop.at or self._returned:
                     self._tell()
                 else:  # a thousand times a second it would cost more than what is told; the clients have their end
                     self._tell_soon()
+            sink.flush()
         given_up_at = loop.now + LAST_SECS
         while (context.files.pending or self._handlers.unfinished) and loop.now < given_up_at:
             loop.turn()
@@ -227,11 +228,8 @@ class Worker:
         return True
 
     def _tell(self) -> None:
-        """What is done, to the master and the log."""
         self._told_at = self._loop.at
-        if self._context.finished or self._returned:
-            self._report()
-        self._context.logs.sink.flush()
+        self._report()
 
     def _tell_soon(self) -> None:
         if not self._telling:

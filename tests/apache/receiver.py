@@ -78,11 +78,11 @@ class Receiver:
     def listen(self) -> None:
         """Bind and listen without accepting anything yet."""
         self.listener = socket.socket(socket.AF_UNIX, self.kind)
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
-        self.listener.bind(str(self.path))
-        self.path.chmod(0o666)
+        new = self.path.with_suffix(".new")
+        self.listener.bind(str(new))
+        new.chmod(0o666)
         self.listener.listen(self.backlog)
+        new.rename(self.path)  # Apache, who may be trying just now, must not find one that it may not open
 
     def start(self) -> None:
         """Begin to accept."""

@@ -20,15 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = compiled.file_of(compiled.LIBRARY)
 
 
-@pytest.fixture
-def packages(tmp_path: Path) -> Path:
-    """A copy of the packages, compiled, for a test to damage."""
-    path = tmp_path / "packages"
-    for name in ("forkd", "workers"):
-        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__", "htdocs"))
-    return path
-
-
 def run(packages: Path, *arguments: str, before: tuple[str, ...] = (), **environ: str) -> str:
     """What Python with these arguments prints, if all is well, when these packages are its forkd."""
     done = subprocess.run(

@@ -9,23 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from forkd import compiled
 from tests.harness import Forkd, running, wait_for
 from tests.system.succession import family, upgrade
 
-ROOT = Path(__file__).resolve().parents[2]
 EDITED = "workers.sse"
-
-
-@pytest.fixture
-def packages(tmp_path: Path) -> Path:
-    """A copy of the packages, compiled."""
-    path = tmp_path / "packages"
-    for name in ("forkd", "workers"):
-        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__", "htdocs"))
-    return path
 
 
 @contextlib.contextmanager

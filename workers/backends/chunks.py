@@ -6,6 +6,8 @@ import msgspec
 
 
 class Delta(msgspec.Struct, gc=False):
+    """What one choice has grown by."""
+
     content: str | list[Any] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -14,6 +16,8 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Choice(msgspec.Struct, gc=False):
+    """One of the answers that were asked for: forkd asks for one."""
+
     delta: Delta | None = None
     finish_reason: str | None = None
     index: int = 0
@@ -21,15 +25,21 @@ class Choice(msgspec.Struct, gc=False):
 
 
 class Counted(msgspec.Struct, gc=False):
+    """The tokens so far."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
 class Groq(msgspec.Struct, gc=False):
+    """Where Groq puts its count."""
+
     usage: Counted | None = None
 
 
 class Chunk(msgspec.Struct, gc=False):
+    """One event."""
+
     choices: list[Choice] | None = None
     usage: Counted | None = None
     error: Any = None
