@@ -43,6 +43,7 @@ ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
 ASK_AFTER: Final = 4
+"""Messages of one sender that are read before it is asked, by a system call, whether another waits."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
 

@@ -122,11 +122,15 @@ class Receiver:
                 self.handoffs.put(error)
 
     def _receive(self, sender: socket.socket) -> None:
+        # Closed before the client is answered: who has an answer may send the next handoff, and a daemon that closes
+        # without a look at what came meanwhile would lose it.
         with sender:
-            self._read_one(sender)
+            handoff = self._read(sender)
+        if handoff is not None:
+            self._take(handoff)
 
-    def _read_one(self, sender: socket.socket) -> bool:
-        """Read a handoff and answer it; False when there is none."""
+    def _read(self, sender: socket.socket) -> Handoff | None:
+        """Read a handoff; None at the sender's end."""
         payload = b""
         fds: list[int] = []
         while True:
@@ -140,22 +144,21 @@ class Receiver:
             if not part or self.kind == socket.SOCK_SEQPACKET:
                 break
         if not payload:
-            return False  # a probe
+            return None  # a probe
         client = socket.socket(fileno=fds[0])
         client.setblocking(True)
         handoff = parse(payload, fds[1] if len(fds) > 1 else None, client)
         for fd in fds[1:]:
             os.close(fd)
-        if self.answer:
-            self._reply(client)
-        self.handoffs.put(handoff)
-        return True
+        return handoff
 
-    @staticmethod
-    def _reply(client: socket.socket) -> None:
-        with client:
-            client.sendall(ANSWER)
-            client.shutdown(socket.SHUT_WR)
+    def _take(self, handoff: Handoff) -> None:
+        """Answer it, if that is not the test's."""
+        if self.answer:
+            with handoff.client as client:
+                client.sendall(ANSWER)
+                client.shutdown(socket.SHUT_WR)
+        self.handoffs.put(handoff)
 
 
 class PatientReceiver(Receiver):
@@ -195,7 +198,7 @@ class PatientReceiver(Receiver):
             try:
                 # The end is looked at twice: the kernel looks for a message first, and what is sent between that and
                 # our SHUT_RD would be overlooked.
-                while self._read_one(sender) or self._read_one(sender):
-                    pass
+                while (handoff := self._read(sender) or self._read(sender)) is not None:
+                    self._take(handoff)
             except BaseException as error:  # the test must see it, whatever it is
                 self.handoffs.put(error)
