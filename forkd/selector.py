@@ -17,9 +17,15 @@ EVENTS_MAX: Final = 512
 """Taken in by one select. The rest is not lost: epoll(7) brings it next time, and those that were served last."""
 _IN: Final = int(select.EPOLLIN)
 _OUT: Final = int(select.EPOLLOUT)
-_EPOLL: Final = (0, _IN, _OUT, _IN | _OUT)
-"""By selectors.EVENT_READ (1) and EVENT_WRITE (2)."""
+EDGE: Final = 4
+"""Beside EVENT_READ: say once that something came, not at each select as long as it is there, which spares the kernel a
+look at every fd that was just read. Who reads less than there was room for has read all (epoll(7), Q9), and hears when
+more comes; who may have left something asks by `repeat`. So must whoever's mask has EDGE: the other side has closed, or
+the connection broke, and nothing else may come behind what is there to tell it.
+"""
 _HANGUP: Final = int(select.EPOLLRDHUP)
+_EPOLL: Final = (0, _IN, _OUT, _IN | _OUT, 0, _IN | _HANGUP | int(select.EPOLLET))
+"""By selectors.EVENT_READ (1), EVENT_WRITE (2), both, and EVENT_READ | EDGE (5)."""
 _SPARE: Final = 256
 """The list grows by so many at a time."""
 
@@ -47,7 +53,9 @@ class Selector(Generic[R]):
         """What each is watched for."""
 
     def register(self, fd: int, events: int, ready: R) -> None:
-        """Watch `fd`, the caller's, for selectors.EVENT_READ, EVENT_WRITE or both. OSError: epoll_ctl(2)."""
+        """Watch `fd`, the caller's, for selectors.EVENT_READ, EVENT_WRITE, both, or EVENT_READ | EDGE. OSError:
+        epoll_ctl(2).
+        """
         self._epoll.register(fd, _EPOLL[events])
         missing = fd + 1 - len(self._registered)
         if missing > 0:
@@ -79,6 +87,12 @@ class Selector(Generic[R]):
         else:
             self.modify(fd, events)
 
+    def repeat(self, fd: int) -> None:
+        """Under EDGE: say it again if there is still something. An fd that is not registered is left alone."""
+        events = self.watched(fd)
+        if events:
+            self._epoll.modify(fd, _EPOLL[events])
+
     def watch_hangup(self, fd: int, ready: R) -> None:
         """Call `ready.on_ready` when the peer has closed its side or the connection broke, and never because there is
         something to read, which somebody else will. It stays so until `unregister`.
@@ -87,7 +101,7 @@ class Selector(Generic[R]):
         self._epoll.modify(fd, _HANGUP)
 
     def watched(self, fd: int) -> int:
-        """What for: selectors.EVENT_READ, EVENT_WRITE, both, or 0 for an fd that is not registered."""
+        """What for, as it was registered, or 0 for an fd that is not."""
         return self._events[fd] if 0 <= fd < len(self._events) else 0
 
     def select(self, timeout: float) -> list[tuple[int, int]]:
@@ -106,7 +120,8 @@ class Selector(Generic[R]):
                 mask = EVENT_READ
             else:  # a hang-up or an error is found out by reading, or by writing
                 mask = (EVENT_WRITE if event & ~_IN else 0) | (EVENT_READ if event & ~_OUT else 0)
-                mask &= self._events[fd]
+                events = self._events[fd]
+                mask = mask & events | events & EDGE
             try:
                 one.on_ready(mask)
             except Exception as error:

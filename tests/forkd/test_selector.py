@@ -7,7 +7,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
-from forkd.selector import EVENTS_MAX, Selector
+from forkd.selector import EDGE, EVENTS_MAX, Selector
 from tests.harness import own_fds
 
 BOTH = EVENT_READ | EVENT_WRITE
@@ -88,6 +88,42 @@ def test_watch_registers_and_unregisters_as_needed(desk: Desk) -> None:
     assert desk.selector.watched(desk.fd) == 0
     assert desk.selector.watched(100_000) == 0
     assert desk.turn() == []
+
+
+def test_under_edge_it_is_told_once(desk: Desk) -> None:
+    desk.theirs.send(b"xy")
+    desk.selector.watch(desk.fd, EVENT_READ | EDGE, desk.probe)
+    assert desk.selector.watched(desk.fd) == EVENT_READ | EDGE
+    assert desk.turn() == [EVENT_READ]
+    assert desk.turn() == []
+    desk.theirs.send(b"z")
+    assert desk.turn() == [EVENT_READ], "more came"
+    desk.ours.recv(1)
+    assert desk.turn() == []
+    desk.selector.repeat(desk.fd)
+    assert desk.turn() == [EVENT_READ], "there was more, and it was asked for"
+    desk.ours.recv(10)
+    desk.selector.repeat(desk.fd)
+    assert desk.turn() == []
+    desk.selector.watch(desk.fd, 0, desk.probe)
+    desk.selector.repeat(desk.fd)
+    desk.theirs.send(b"x")
+    assert desk.turn() == []
+    desk.selector.watch(desk.fd, EVENT_READ | EDGE, desk.probe)
+    assert desk.turn() == [EVENT_READ], "what came while it was not watched"
+    desk.selector.unregister(desk.fd)
+
+
+def test_under_edge_an_end_behind_what_is_there_is_told(desk: Desk) -> None:
+    desk.selector.register(desk.fd, EVENT_READ | EDGE, desk.probe)
+    desk.theirs.send(b"x")
+    desk.theirs.shutdown(socket.SHUT_WR)
+    assert desk.turn() == [EVENT_READ | EDGE]
+    desk.ours.recv(10)
+    assert desk.turn() == []
+    desk.selector.repeat(desk.fd)
+    assert desk.turn() == [EVENT_READ | EDGE]
+    desk.selector.unregister(desk.fd)
 
 
 def test_only_a_hang_up_is_told_where_somebody_else_reads(desk: Desk) -> None:

@@ -24,6 +24,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from socket import SocketType
 from typing import Final, NamedTuple, Protocol
 
+from forkd.selector import EDGE
 from workers.loop import Loop, to_ticks
 from workers.upstream.dns import Address
 
@@ -152,6 +153,8 @@ class Transport:
                 return
             if data:
                 self.owner.received(data)
+                if len(data) == READ_BYTES:
+                    self._look_again()
             else:
                 self._ended()
             return
@@ -164,6 +167,8 @@ class Transport:
             self._flush()
         if mask & EVENT_READ and self.fd >= 0:
             self._read()
+            if mask & EDGE:  # its end may be behind what was read
+                self._look_again()
 
     def crashed(self, error: Exception) -> None:
         """Called by the loop: a bug of ours or of the owner."""
@@ -310,7 +315,8 @@ class Transport:
         tls = self._tls
         if not data:
             self._ended()
-        elif tls is None:
+            return
+        if tls is None:
             self.owner.received(data)
         else:
             tls.incoming.write(data)
@@ -318,6 +324,8 @@ class Transport:
                 self._shake_hands()
             else:
                 self._decrypt()
+        if len(data) == READ_BYTES:
+            self._look_again()
 
     def _ended(self) -> None:
         """The upstream closed its side."""
@@ -410,7 +418,14 @@ class Transport:
             events = EVENT_WRITE
         else:
             events = (EVENT_READ if self._reading else 0) | (EVENT_WRITE if self._unsent is not None else 0)
+            if events == EVENT_READ and not self._connecting:
+                events |= EDGE
         self._loop.selector.watch(self.fd, events, self)
+
+    def _look_again(self) -> None:
+        """More may be there than was read."""
+        if self.fd >= 0:
+            self._loop.selector.repeat(self.fd)
 
     def _broke(self, error: OSError) -> None:
         detail = error.strerror or str(error)

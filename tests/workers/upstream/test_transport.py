@@ -10,7 +10,7 @@ import pytest
 
 from workers.loop import Loop
 from workers.upstream.dns import Address
-from workers.upstream.transport import Route, Transport
+from workers.upstream.transport import READ_BYTES, Route, Transport
 
 
 class Owner:
@@ -185,6 +185,42 @@ def test_paused_reads_nothing(world: World) -> None:
             assert world.owner.data == b""
             world.transport.resume()
             world.until(lambda: world.owner.data == b"x")
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_more_than_one_read_takes_arrives_without_more_behind_it(world: World, extra: int) -> None:
+    """Nothing else would ever say that there is more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world.open(listening(server))
+        world.until(lambda: world.owner.protocol is not None)
+        peer, _ = server.accept()
+        with peer:
+            sent = os.urandom(3 * READ_BYTES + extra)
+            peer.sendall(sent)
+            world.until(lambda: len(world.owner.data) >= len(sent))
+            peer.sendall(b"x")
+            world.until(lambda: len(world.owner.data) > len(sent))
+            assert world.owner.data == sent + b"x"
+            assert world.owner.end is None
+
+
+def test_paused_amid_what_is_there_the_rest_comes_later(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world.open(listening(server))
+        world.until(lambda: world.owner.protocol is not None)
+        peer, _ = server.accept()
+        sent = os.urandom(3 * READ_BYTES)
+        peer.sendall(sent)
+        peer.close()
+        world.until(lambda: bool(world.owner.data))
+        world.transport.pause()
+        got = len(world.owner.data)
+        world.loop.turn()
+        assert len(world.owner.data) == got
+        world.transport.resume()
+        world.until(lambda: world.owner.end is not None)
+        assert world.owner.data == sent
+        assert world.owner.end == ("", "it closed the connection")
 
 
 def test_a_reset_is_told(world: World) -> None:
