@@ -74,6 +74,9 @@ class Dispatcher:
         self._favourite: Peer | None = None
         self._refused: dict[str, int] = {}
         self._turn = 0
+        self.received = 0
+        """How many handoffs there ever were."""
+        self._counted = 0
         self.peers: list[Peer] = []
 
     def configure(self, server: Server, pools: Sequence[str]) -> None:
@@ -116,9 +119,7 @@ class Dispatcher:
         kind: Kind = Kind.PLAIN,
     ) -> None:
         """A handoff arrived. Takes over `fd` and `data_fd` (-1: none). With `code` the client is only to be told."""
-        metrics = self._metrics
-        metrics.count("daemon_connections_total")
-        metrics.count("daemon_handoffs_total")
+        self.received += 1
         entry = self._ledger.admit(fd, data_fd, payload, flags, listener, now, kind)
         if entry is None:
             self._refuse(fd, "no_capacity", kind)
@@ -127,9 +128,16 @@ class Dispatcher:
                 os.close(data_fd)
             return
         if code:
-            metrics.handoff_failed(code)
+            self._metrics.handoff_failed(code)
             entry.verdict = Verdict(State.GIVEN, code)
         self._arrived.append(entry)
+
+    def count(self) -> None:
+        """Count what came since the last time; called before the counts are written."""
+        new, self._counted = self.received - self._counted, self.received
+        if new:
+            self._metrics.count("daemon_connections_total", amount=new)
+            self._metrics.count("daemon_handoffs_total", amount=new)
 
     def dispatch(self) -> None:
         """Give out what `receive` took in; called once per turn, when all that was there is received.

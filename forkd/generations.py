@@ -49,12 +49,14 @@ END_GRACE_SECS: Final = 3.0
 class Generation:
     """One configuration. `wanted` is how many workers it is to have, by pool."""
 
-    __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "unfit", "wanted")
+    __slots__ = ("deaths", "failures", "next_birth", "number", "ready_by", "settings", "size", "unfit", "wanted")
 
     def __init__(self, number: int, settings: Settings) -> None:
         self.number = number
         self.settings = settings
         self.wanted = worker_counts(settings)
+        self.size = sum(self.wanted.values())
+        """How many workers it is to have in all: asked at each handoff."""
         self.deaths = 0
         """Of its workers, before they were ready."""
         self.unfit = False
@@ -64,15 +66,11 @@ class Generation:
         """How many times in a row births came to nothing."""
         self.next_birth = 0.0
 
-    @property
-    def size(self) -> int:
-        """How many workers it is to have in all."""
-        return sum(self.wanted.values())
-
     def grow(self, step: int) -> None:
         """So many more workers in the common pool, or fewer, but at least one."""
         room = max(0, WORKERS_WANTED_MAX - self.size)
         self.wanted[COMMON] = max(1, self.wanted[COMMON] + min(step, room))
+        self.size = sum(self.wanted.values())
 
     def back_off(self, now: float) -> None:
         """Wait before the next birth, twice as long as last time. What fails in one wave is one failure."""

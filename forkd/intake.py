@@ -42,7 +42,7 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
-ASK_AFTER: Final = 4
+ASK_AFTER: Final = 16
 """Messages of one sender that are read before it is asked, by a system call, whether another waits."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
@@ -311,7 +311,7 @@ class Intake:
         """Accept what waits, a bounded number, and read it."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                if not self.room_for_more() or not self.accept_one(listener):
+                if not self.room_for_more() or not self.accept_one(listener) or not listener.waits():
                     return
             except OutOfFds as error:
                 self._pause(str(error))
@@ -343,6 +343,9 @@ class Intake:
     def _read_at_once(self, listener: Listener, sock: SocketType) -> None:
         """The usual case without a Sender: the one message is there, and the end of file behind it."""
         served = False
+        if not handoff.more_waits(sock):
+            # It connected a moment ago, and waking us may have cost it its CPU: half of them, on a machine with two.
+            os.sched_yield()
         try:
             message = handoff.receive(sock, self.room)
             if message is not None:

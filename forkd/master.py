@@ -38,8 +38,7 @@ from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
 
 PAUSE_SECS: Final = 0.001
-GAP_SECS: Final = 0.002
-"""A few hundred handoffs a second or more are taken in small batches; none waits longer than the pause."""
+"""Two thousand handoffs a second or more are taken in small batches; none waits longer than that."""
 FDS_PER_WORKER: Final = 4
 FDS_BASE: Final = 48
 
@@ -63,6 +62,10 @@ class Stage(Enum):
     RUNNING = "running"
     DRAINING = "draining"
     STOPPING = "stopping"
+
+
+_RUNNING: Final = Stage.RUNNING
+"""A member of an enum is looked up each time, in compiled code too."""
 
 
 class Master:
@@ -175,19 +178,22 @@ class Master:
             begun=not self._is_heir,
         )
         next_tick = now + TICK_SECS
-        moderation = Moderation(PAUSE_SECS, GAP_SECS)
-        while self._stage is Stage.RUNNING or self._supervisor.peers or self._waits() or self._upgrade.under_way:
+        moderation = Moderation(PAUSE_SECS)
+        counted = 0
+        while self._stage is _RUNNING or self._supervisor.peers or self._waits() or self._upgrade.under_way:
             moderation.pause()
-            looked = time.monotonic()
-            events = self._selector.select(max(0.0, next_tick - looked))
+            events = self._selector.select(max(0.0, next_tick - time.monotonic()))
             now = time.monotonic()
-            moderation.woken(now - looked)
+            # One event of a listener, or of a sender, may bring many handoffs: those are counted when they are taken.
+            received = self._dispatcher.received
+            moderation.looked(now, max(len(events), received - counted))
+            counted = received
             self._selector.serve(events)
             try:
                 if now >= next_tick:
                     next_tick = now + TICK_SECS
                     self._tick(now)
-                if not self._reported and self._stage is Stage.RUNNING:
+                if not self._reported and self._stage is _RUNNING:
                     self._report_if_ready()
                 self._dispatcher.dispatch()
             except Exception:
@@ -446,6 +452,7 @@ class Master:
         metrics.gauge("daemon_active_connections", self._ledger.count)
         metrics.gauge("daemon_active_streams", self._ledger.count - self._dispatcher.queued)
         metrics.gauge("daemon_peak_streams", self._ledger.peak)
+        self._dispatcher.count()
         metrics.flush()
         if self._heritage is not None and self._heritage.old_fd >= 0 and _at_end(self._heritage.old_fd):
             self._inherit(self._heritage)
@@ -648,6 +655,7 @@ class Master:
             self._exposition.stop()
         for gauge in ("daemon_active_connections", "daemon_active_streams"):
             self._metrics.gauge(gauge, 0)  # in files that a successor goes on with
+        self._dispatcher.count()
         self._metrics.flush()
         fallen_through = self._is_heir and not self._reported
         if self._metrics_dir is not None and not self._handed_over and not fallen_through:

@@ -113,9 +113,10 @@ class Selector(Generic[R]):
         registered = self._registered
         # Looked up before anybody is called: who closes a later one's fd must not have its number answer for another.
         ready = [registered[fd] for fd, _ in found]
-        for one, (fd, event) in zip(ready, found, strict=True):
+        for index, one in enumerate(ready):
             if one is None:
                 continue
+            fd, event = found[index]
             if event == _IN:
                 mask = EVENT_READ
             else:  # a hang-up or an error is found out by reading, or by writing

@@ -28,7 +28,6 @@ from forkd.selector import Selector
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
 PAUSE_SECS = 0.002
-GAP_SECS = 0.0008
 """Not Final: `scripts/bench/paused_forkd.py` tries others, and what is Final is part of compiled code."""
 LONGEST_SLEEP_SECS: Final = 0.5
 """A worker must show that it lives at least once a second."""
@@ -76,7 +75,7 @@ class Loop:
         self._buckets: dict[int, list[Timed]] = {}
         self._due: list[int] = []
         self._urgent = select.epoll()
-        self._moderation = Moderation(PAUSE_SECS, GAP_SECS, self._sleep)
+        self._moderation = Moderation(PAUSE_SECS, self._sleep)
         self.queued: list[Queued] = []
         self.now = time.monotonic()
         self.at = int(self.now * TICKS_PER_SEC)
@@ -116,7 +115,7 @@ class Loop:
         events = self.selector.select(timeout)
         now = self.now = time.monotonic()
         at = self.at = int(now * TICKS_PER_SEC)
-        self._moderation.woken(now - looked)
+        self._moderation.looked(now, len(events))
         self.selector.serve(events)
         while due and due[0] <= at:
             # A late bucket counts its followers from when it was due: a stream's pace does not drift.

@@ -20,8 +20,6 @@ def main(pause_secs: float, arguments: Sequence[str]) -> int:
     from forkd import cli  # noqa: PLC0415
 
     vars(workers.loop)["PAUSE_SECS"] = pause_secs
-    if pause_secs == 0:
-        vars(workers.loop)["GAP_SECS"] = -1.0  # no wake-up is ever quick, so the loop is never busy
     return cli.main(arguments, why_not)
 
 

@@ -158,6 +158,19 @@ def test_a_refused_handoff_is_told_by_a_worker(office: Office) -> None:
     assert office.counts["forkd_handoff_errors_total", "bad_handoff"] == 1
 
 
+def test_every_handoff_is_counted_once(office: Office) -> None:
+    office.hire()
+    office.receive()
+    office.receive(code="bad_handoff")
+    assert office.dispatcher.received == 2
+    for _ in range(2):
+        office.dispatcher.count()
+        assert office.counts["daemon_handoffs_total"] == office.counts["daemon_connections_total"] == 2
+    office.receive()
+    office.dispatcher.count()
+    assert office.counts["daemon_handoffs_total"] == office.counts["daemon_connections_total"] == 3
+
+
 def test_what_finds_no_worker_waits_in_order_up_to_the_queues_size(office: Office) -> None:
     clients = [office.receive(b"%d" % number) for number in range(4)]
     assert office.dispatcher.queued == 3

@@ -13,7 +13,7 @@ import pytest
 
 from forkd import channel, handoff, intake
 from forkd.board import Kind
-from forkd.intake import ACCEPTS_PER_TURN, ASK_AFTER, Intake
+from forkd.intake import ACCEPTS_PER_TURN, Intake
 from forkd.listener import Listener
 from forkd.metrics import Metrics
 from forkd.selector import Ready, Selector
@@ -224,19 +224,21 @@ def test_a_silent_fdpass_sender_is_heard_until_it_is_dropped(desk: Desk, null: i
 
 
 def test_no_turn_belongs_to_one_sender_or_one_backlog(desk: Desk, null: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "MESSAGES_PER_TURN", 4)  # a sender can have about ten unread
+    ask_after = 4
+    monkeypatch.setattr(intake, "ASK_AFTER", ask_after)  # a sender can have about ten unread
+    monkeypatch.setattr(intake, "MESSAGES_PER_TURN", 4)
     with desk.connect() as busy:
         desk.settle()
-        for _ in range(ASK_AFTER + 6):
+        for _ in range(ask_after + 6):
             send(busy, b"x", null)
-        for sent in range(ASK_AFTER):  # until it is seen that this one has many at a time
+        for sent in range(ask_after):  # until it is seen that this one has many at a time
             assert len(desk.delivered) == sent
             desk.turn()
-        assert len(desk.delivered) == ASK_AFTER
+        assert len(desk.delivered) == ask_after
         desk.turn()
-        assert len(desk.delivered) == ASK_AFTER + 4
+        assert len(desk.delivered) == ask_after + 4
         desk.settle()
-        assert len(desk.delivered) == ASK_AFTER + 6
+        assert len(desk.delivered) == ask_after + 6
     for _ in range(ACCEPTS_PER_TURN + 10):
         with desk.connect() as sender:
             send(sender, b"y", null)

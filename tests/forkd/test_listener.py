@@ -48,6 +48,20 @@ def test_it_listens_and_leaves_nothing_but_its_lock(path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["forkd.sock.lock"]
 
 
+@pytest.mark.parametrize("passed_on", [False, True])
+def test_it_knows_whether_another_waits(path: Path, passed_on: bool) -> None:
+    listener = before = Listener(0, settings(path))
+    if passed_on:
+        listener = Listener(0, settings(path), before.sock, before.lock_fd)
+    assert not listener.waits()
+    with connect(path), connect(path):
+        for more in (True, False):
+            assert listener.waits()
+            listener.sock.accept()[0].close()
+            assert listener.waits() is more
+    before.close()
+
+
 def test_the_umask_is_given_back(path: Path) -> None:
     before = os.umask(0o027)
     try:
