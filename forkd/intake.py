@@ -42,7 +42,7 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
-ASK_AFTER: Final = 16
+ASK_AFTER: Final = 8
 """Messages of one sender that are read before it is asked, by a system call, whether another waits."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
@@ -102,22 +102,23 @@ class Sender:
             return
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
-        for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
-            if not self._read_one() or not (self.listener.is_stream or self._more_waits()):
+        for number in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
+            if not self._read_one() or not (self.listener.is_stream or self._more_waits(first=not number)):
                 break
         if self.sock.fileno() >= 0:
             intake.keep(self)
 
-    def _more_waits(self) -> bool:
+    def _more_waits(self, *, first: bool) -> bool:
         """Whether another message is worth a try. Behind the one message of an Apache child there is hardly ever
-        another, so who had none is asked only now and then: what waits keeps the socket readable.
+        another, so who had none behind the first one is asked only now and then: what waits keeps the socket readable.
         """
         if self._unasked < ASK_AFTER:
             self._unasked += 1
             return False
         if handoff.more_waits(self.sock):
             return True
-        self._unasked = 0
+        if first:
+            self._unasked = 0
         return False
 
     def _read_one(self) -> bool:

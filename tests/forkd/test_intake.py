@@ -239,6 +239,13 @@ def test_no_turn_belongs_to_one_sender_or_one_backlog(desk: Desk, null: int, mon
         assert len(desk.delivered) == ask_after + 4
         desk.settle()
         assert len(desk.delivered) == ask_after + 6
+        for many, read in ((3, 3), (2, 2), (1, 1), (2, 1)):  # after a single one it is taken for one of the usual kind
+            before = len(desk.delivered)
+            for _ in range(many):
+                send(busy, b"x", null)
+            desk.turn()
+            assert len(desk.delivered) == before + read
+        desk.settle()
     for _ in range(ACCEPTS_PER_TURN + 10):
         with desk.connect() as sender:
             send(sender, b"y", null)
