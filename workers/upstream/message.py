@@ -1,13 +1,14 @@
 """What is asked of an upstream, whatever protocol carries it."""
 
-from typing import NamedTuple
 
-
-class HttpRequest(NamedTuple):
+class HttpRequest:
     """A POST. What the connection adds (host, content-length, the pseudo-fields) is not among the headers."""
 
-    path: str
-    """Behind the path of the backend's `api_base`, with the query: "/chat/completions"."""
-    headers: tuple[tuple[str, str], ...]
-    """Names in lower case (RFC 9113, 8.2.1)."""
-    body: bytes
+    __slots__ = ("body", "headers", "path")
+
+    def __init__(self, path: str, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+        self.path = path
+        """Behind the path of the backend's `api_base`, with the query: "/chat/completions"."""
+        self.headers = headers
+        """Names in lower case (RFC 9113, 8.2.1)."""
+        self.body = body

@@ -14,7 +14,6 @@ Idle connections are kept, `pool_max_idle` of them and for IDLE_SECS, the latest
 """
 
 import logging
-import re
 from collections import deque
 from typing import Final
 
@@ -33,7 +32,6 @@ IDLE_SECS: Final = 55.0
 AHEAD: Final = 4
 """Another connection is opened when there is room for less than this part of one."""
 _HOUSEKEEPING_TICKS: Final = to_ticks(1.0)
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Pool:
@@ -72,9 +70,11 @@ class Pool:
 
         ValueError if a field of the request would break out of its line, or cannot be sent.
         """
-        for text in (request.path, *(text for field in request.headers for text in field)):
-            if _CONTROL.search(text) or not text.isascii():
-                raise ValueError("a header field holds what cannot be sent")
+        text = request.path
+        for name, value in request.headers:
+            text += name + value
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError("a header field holds what cannot be sent")
         exchange = Exchange(request, receiver, fresh=fresh)
         if not self._place(exchange):
             self._waiting.append(exchange)
