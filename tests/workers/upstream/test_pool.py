@@ -10,6 +10,7 @@ from forkd.metrics import Metrics
 from forkd.settings import OpenAiBackend
 from tests.workers.upstream.kit import REQUEST, FakeTransport, Listener
 from workers.loop import Loop
+from workers.upstream.message import HttpRequest
 from workers.upstream.pool import Pool
 
 
@@ -63,3 +64,15 @@ def test_each_connection_is_spoken_to_as_tls_told_of_it(world: World, told: tupl
         if protocol == "h2":
             transport.owner.received(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))  # type: ignore[attr-defined]
             transport.owner.lost("", "it closed the connection")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "\0", "\x1f", "\x7f", "é"])
+def test_what_would_break_out_of_its_line_is_not_asked(world: World, text: str) -> None:
+    for request in (
+        HttpRequest(text, REQUEST.headers, b""),
+        HttpRequest("/chat", (("x-test", "v"), (text, "v")), b""),
+        HttpRequest("/chat", (("x-test", text), ("x-more", "v")), b""),
+    ):
+        with pytest.raises(ValueError, match="cannot be sent"):
+            world.pool.ask(request, Listener())
+    assert not world.origin.wanted
