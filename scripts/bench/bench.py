@@ -49,7 +49,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--rivals", action="store_true", help="with http1: the same relay with aiohttp, and with FastAPI and httpx")
     add("--rival", action="append", choices=sorted(RIVALS), default=[], help="one of them")
-    add("--rival-streams", type=_positive_int, metavar="N", help="streams for FastAPI (a tenth of --streams)")
+    add(
+        "--rival-streams", type=_positive_int, metavar="N", help="streams for FastAPI (--streams; it can serve a tenth)"
+    )
     add("--moderation", action="store_true", help="the effect of the workers' pause when busy: see README.md")
     add("--ledger", choices=("on", "off"), default="on", help="forkd's server.ledger (on)")
     add("--benchmark", action="store_true", help="start forkd with --benchmark")
@@ -100,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
                 forkd_run = None if only == "floor" else observe(comparison.subject, shape, load, number, runs)
                 rivals: dict[str, Run] = {}
                 for rival in rivals_of(args, comparison.subject):
-                    its_shape = rival.shape(shape, args.rival_streams or max(1, shape.streams // 10))
+                    its_shape = rival.shape(shape, args.rival_streams or shape.streams)
                     rivals[rival.name] = observe(rival, its_shape, load, number, runs)
                 if args.persistent and forkd_run is not None:
                     rivals[KEPT] = observe(comparison.subject, replace(shape, persistent=True), load, number, runs)

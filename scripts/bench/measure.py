@@ -32,7 +32,7 @@ class Run:
 
     subject: str
     streams: int
-    cpu_us: float  # user+system of all processes, per stream, microseconds
+    cpu_us: float  # user+system of all processes, per stream that arrived whole, microseconds
     master_cpu_us: float  # of it, the first process alone: forkd's master, per handoff
     memory_kb: float | None  # PSS per live stream, 1 KB = 1024 bytes
     memory_unfiled_kb: float | None  # of it, what is no page of a file: see proc.py
@@ -102,7 +102,7 @@ def measure(subject: Subject, shape: Shape, load: Path) -> Run:
     return Run(
         subject=subject.name,
         streams=shape.streams,
-        cpu_us=cpu_ns / 1000 / shape.streams,
+        cpu_us=cpu_ns / 1000 / max(1, shape.streams - outcome.lost),
         master_cpu_us=master_ns / 1000 / shape.streams,
         memory_kb=grown.pss / 1024 / live if live else None,
         memory_unfiled_kb=grown.unfiled / 1024 / live if live else None,
