@@ -42,7 +42,7 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
-ASK_AFTER: Final = 8
+ASK_AFTER: Final = 4
 """Messages of one sender that are read before it is asked, by a system call, whether another waits."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
@@ -230,6 +230,7 @@ class Intake:
         self._silent: dict[Sender, None] = {}
         self._idle: set[Sender] = set()
         self.gathered = 0
+        self._may_yield = False
         self._begun = begun
         self._paused = True
         self._stopped = False
@@ -310,6 +311,7 @@ class Intake:
 
     def accept(self, listener: Listener) -> None:
         """Accept what waits, a bounded number, and read it."""
+        self._may_yield = True
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 if not self.room_for_more() or not self.accept_one(listener) or not listener.waits():
@@ -344,8 +346,10 @@ class Intake:
     def _read_at_once(self, listener: Listener, sock: SocketType) -> None:
         """The usual case without a Sender: the one message is there, and the end of file behind it."""
         served = False
-        if not handoff.more_waits(sock):
+        if self._may_yield and not handoff.more_waits(sock):
             # It connected a moment ago, and waking us may have cost it its CPU: half of them, on a machine with two.
+            # Once a turn: all who connected by then have their chance, and others wait for us, too.
+            self._may_yield = False
             os.sched_yield()
         try:
             message = handoff.receive(sock, self.room)
@@ -446,6 +450,8 @@ class Intake:
         """Watch a sender that has no more for now. One that was accepted after `stop` has said all it may."""
         if self._stopped and not sender.listener.is_stream:
             sender.refuse_rest("shutdown")
+            return
+        if sender in self._idle:
             return
         if sender.served and not sender.listener.is_stream:
             self._silent.pop(sender, None)

@@ -38,7 +38,7 @@ from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
 
 PAUSE_SECS: Final = 0.001
-"""Two thousand handoffs a second or more are taken in small batches; none waits longer than that."""
+"""Two thousand handoffs a second or more are taken in small batches; none waits longer than this."""
 FDS_PER_WORKER: Final = 4
 FDS_BASE: Final = 48
 

@@ -22,6 +22,9 @@ EDGE: Final = 4
 look at every fd that was just read. Who reads less than there was room for has read all (epoll(7), Q9), and hears when
 more comes; who may have left something asks by `repeat`. So must whoever's mask has EDGE: the other side has closed, or
 the connection broke, and nothing else may come behind what is there to tell it.
+
+Not for peers that send urgent data, or fds amid a stream: a read stops short of those. An HTTP server sends neither;
+what one that does has put behind them is seen when still more comes, or never, and then a deadline ends its stream.
 """
 _HANGUP: Final = int(select.EPOLLRDHUP)
 _EPOLL: Final = (0, _IN, _OUT, _IN | _OUT, 0, _IN | _HANGUP | int(select.EPOLLET))
@@ -34,7 +37,7 @@ class Ready(Protocol):
     """What may be registered."""
 
     def on_ready(self, mask: int) -> None:
-        """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both."""
+        """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both; and see EDGE."""
 
 
 R = TypeVar("R", bound=Ready)

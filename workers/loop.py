@@ -57,7 +57,7 @@ class Ready(Protocol):
     """What may be registered with the loop's selector."""
 
     def on_ready(self, mask: int) -> None:
-        """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both."""
+        """The fd is readable (selectors.EVENT_READ), writable (EVENT_WRITE), or both; and see `forkd.selector.EDGE`."""
 
     def crashed(self, error: Exception) -> None:
         """`on_ready` raised `error`."""

@@ -234,6 +234,19 @@ def test_a_reset_is_told(world: World) -> None:
         assert world.owner.end == ("backend_reset", "Connection reset by peer")
 
 
+def test_what_came_before_a_reset_arrives_before_it_is_told(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world.open(listening(server))
+        world.until(lambda: world.owner.protocol is not None)
+        peer, _ = server.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.sendall(b"last words")
+        peer.close()
+        world.until(lambda: world.owner.end is not None)
+        assert world.owner.data == b"last words"
+        assert world.owner.end == ("backend_reset", "Connection reset by peer")
+
+
 def test_close_says_nothing_more(world: World) -> None:
     world.open(refusing())
     world.transport.close()
