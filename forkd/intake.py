@@ -42,8 +42,6 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 ACCEPTS_PER_TURN: Final = 64
 MESSAGES_PER_TURN: Final = 64
 """From one sender, so that a busy one keeps nobody else waiting."""
-ASK_AFTER: Final = 4
-"""Messages of one sender that are read before it is asked, by a system call, whether another waits."""
 FDS_MAX: Final = 2
 """What the largest handoff carries."""
 
@@ -69,7 +67,6 @@ class Sender:
         "_fds",
         "_intake",
         "_silence",
-        "_unasked",
         "listener",
         "served",
         "since",
@@ -86,8 +83,6 @@ class Sender:
         """It has handed over at least once, and may be idle now."""
         self.watched = False
         """Its socket is registered, except while the intake is paused."""
-        self._unasked = 0
-        """How often one message was read without asking for another."""
         self._chunks: list[bytes] = []
         self._bytes = 0
         self._fds: tuple[int, ...] = ()
@@ -95,31 +90,21 @@ class Sender:
         """Why it was told to stop; a sender that comes and goes by itself (a health check does) is no failure."""
 
     def on_ready(self, _mask: int = 0) -> None:
-        """Read a message, or of a sender that has many at a time what is there, a bounded number; as long as there is
-        room for their fds.
+        """Read a message, or while the master is busy what is there, a bounded number; as long as there is room for
+        their fds.
+
+        Behind the one message of an Apache child there is hardly ever another, unless it had time to send some while
+        the master paused; and what waits keeps the socket readable.
         """
         if self.sock.fileno() < 0:  # dropped earlier in the same turn
             return
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
-        for number in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
-            if not self._read_one() or not (self.listener.is_stream or self._more_waits(first=not number)):
+        for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
+            if not self._read_one() or not (self.listener.is_stream or (intake.busy and handoff.more_waits(self.sock))):
                 break
         if self.sock.fileno() >= 0:
             intake.keep(self)
-
-    def _more_waits(self, *, first: bool) -> bool:
-        """Whether another message is worth a try. Behind the one message of an Apache child there is hardly ever
-        another, so who had none behind the first one is asked only now and then: what waits keeps the socket readable.
-        """
-        if self._unasked < ASK_AFTER:
-            self._unasked += 1
-            return False
-        if handoff.more_waits(self.sock):
-            return True
-        if first:
-            self._unasked = 0
-        return False
 
     def _read_one(self) -> bool:
         """Read one message; False when there is none just now, or when the last one was read and the sender dropped."""
@@ -230,6 +215,8 @@ class Intake:
         self._silent: dict[Sender, None] = {}
         self._idle: set[Sender] = set()
         self.gathered = 0
+        self.busy = False
+        """The master pauses before each turn, so that senders may have more than one message: see `Moderation`."""
         self._may_yield = False
         self._begun = begun
         self._paused = True

@@ -188,6 +188,7 @@ class Master:
             received = self._dispatcher.received
             moderation.looked(now, max(len(events), received - counted))
             counted = received
+            self._intake.busy = moderation.busy
             self._selector.serve(events)
             try:
                 if now >= next_tick:

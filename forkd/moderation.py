@@ -19,18 +19,19 @@ WORTH: Final = 2
 class Moderation:
     """Asked once per turn of a loop. `sleep` does the waiting, and may return early."""
 
-    __slots__ = ("_busy", "_pause_secs", "_since", "_sleep", "_things")
+    __slots__ = ("_pause_secs", "_since", "_sleep", "_things", "busy")
 
     def __init__(self, pause_secs: float, sleep: Callable[[float], object] = time.sleep) -> None:
         self._pause_secs = pause_secs
         self._sleep = sleep
-        self._busy = False
+        self.busy = False
+        """It pauses."""
         self._since = 0.0
         self._things = 0
 
     def pause(self) -> None:
         """Before the loop looks: wait a moment if it is busy."""
-        if self._busy:
+        if self.busy:
             self._sleep(self._pause_secs)
 
     def looked(self, now: float, things: int) -> None:
@@ -38,6 +39,6 @@ class Moderation:
         self._things += things
         elapsed = now - self._since
         if elapsed >= WINDOW_SECS:
-            self._busy = self._things * self._pause_secs >= WORTH * elapsed
+            self.busy = self._things * self._pause_secs >= WORTH * elapsed
             self._since = now
             self._things = 0
