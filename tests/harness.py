@@ -296,9 +296,11 @@ class Forkd:
         found = []
         for child in psutil.Process(self.pid).children():
             with contextlib.suppress(psutil.Error):
-                line = child.cmdline()  # once: it may be dead by the second time
-                if line and line[0].startswith("forkd: worker"):
-                    found.append(child.pid)
+                for _ in range(3):  # it may be writing its title just now
+                    line = child.cmdline()
+                    if line and line[0].startswith("forkd: worker"):
+                        found.append(child.pid)
+                        break
         return sorted(found)
 
     def metric(self, name: str, **labels: str) -> float:

@@ -1,5 +1,6 @@
 """A tiny blocking HTTP/2 client, to try the fake API with."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -65,7 +66,8 @@ class H2Client:
             for event in self.h2.receive_data(frame):
                 self._take(event)
         if not self.ended:
-            self.flush()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # closed meanwhile: the next read tells
+                self.flush()
 
     def _frame(self) -> bytes:
         """The next whole frame that came."""
