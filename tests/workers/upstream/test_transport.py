@@ -223,27 +223,17 @@ def test_paused_amid_what_is_there_the_rest_comes_later(world: World) -> None:
         assert world.owner.end == ("", "it closed the connection")
 
 
-def test_a_reset_is_told(world: World) -> None:
+@pytest.mark.parametrize("before", [b"", b"last words"])
+def test_a_reset_is_told_behind_what_came_before_it(world: World, before: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         world.open(listening(server))
         world.until(lambda: world.owner.protocol is not None)
         peer, _ = server.accept()
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.sendall(before)
         peer.close()
         world.until(lambda: world.owner.end is not None)
-        assert world.owner.end == ("backend_reset", "Connection reset by peer")
-
-
-def test_what_came_before_a_reset_arrives_before_it_is_told(world: World) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        world.open(listening(server))
-        world.until(lambda: world.owner.protocol is not None)
-        peer, _ = server.accept()
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        peer.sendall(b"last words")
-        peer.close()
-        world.until(lambda: world.owner.end is not None)
-        assert world.owner.data == b"last words"
+        assert world.owner.data == before
         assert world.owner.end == ("backend_reset", "Connection reset by peer")
 
 
