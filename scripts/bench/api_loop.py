@@ -86,7 +86,10 @@ class Connection(ABC):
             return
         try:
             sent = self._socket.send(data)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except ssl.SSLWantReadError:  # amid the handshake: until the client's next word there is nothing to do
+            self._unsent.append(data)
+            return
+        except (BlockingIOError, ssl.SSLWantWriteError):
             sent = 0
         except OSError:
             self.close()
@@ -97,9 +100,10 @@ class Connection(ABC):
 
     def on_event(self, mask: int) -> None:
         """The socket is readable, writable, or broken."""
-        if mask & select.EPOLLOUT:
+        if self._unsent:
             unsent, self._unsent = self._unsent, deque()
-            self._loop.epoll.modify(self.fd, select.EPOLLIN)
+            if mask & select.EPOLLOUT:
+                self._loop.epoll.modify(self.fd, select.EPOLLIN)
             for data in unsent:
                 self.send(data)
         try:
