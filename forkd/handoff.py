@@ -86,7 +86,7 @@ class Message:
         """More fds were sent than arrived (MSG_CTRUNC): three were sent, or this process has no fd left."""
 
 
-def receive(sock: SocketType, room: bytearray) -> Message | None:
+def receive(sock: SocketType, room: bytearray | memoryview) -> Message | None:
     """Read one message into `room` (scratch memory, at least MAX_MESSAGE_BYTES) and return it; None at end of file.
 
     Raises BlockingIOError when there is none, OSError otherwise. `socket.recv_fds` is not used because it ignores its
@@ -104,7 +104,7 @@ def receive(sock: SocketType, room: bytearray) -> Message | None:
     for level, kind, data in ancillary:
         if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
             fds += _FD.unpack(data) if len(data) == _FD.size else tuple(fd for (fd,) in _FD.iter_unpack(data))
-    return Message(bytes(memoryview(room)[:length]), fds, bool(flags & _MSG_TRUNC), bool(flags & _MSG_CTRUNC))
+    return Message(bytes(room[:length]), fds, bool(flags & _MSG_TRUNC), bool(flags & _MSG_CTRUNC))
 
 
 def more_waits(sock: SocketType) -> bool:

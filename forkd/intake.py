@@ -67,6 +67,8 @@ class Sender:
         "_fds",
         "_intake",
         "_silence",
+        "closed",
+        "idle",
         "listener",
         "served",
         "since",
@@ -80,7 +82,10 @@ class Sender:
         self.sock = sock
         self.since = now
         self.served = False
-        """It has handed over at least once, and may be idle now."""
+        """It has handed over at least once."""
+        self.idle = False
+        """It may keep its connection and say nothing."""
+        self.closed = False
         self.watched = False
         """Its socket is registered, except while the intake is paused."""
         self._chunks: list[bytes] = []
@@ -96,14 +101,14 @@ class Sender:
         Behind the one message of an Apache child there is hardly ever another, unless it had time to send some while
         the master paused; and what waits keeps the socket readable.
         """
-        if self.sock.fileno() < 0:  # dropped earlier in the same turn
+        if self.closed:  # earlier in the same turn
             return
         intake = self._intake
         # Of what is left for each message one or two are taken, so the fds need be counted but once.
         for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
             if not self._read_one() or not (self.listener.is_stream or (intake.busy and handoff.more_waits(self.sock))):
                 break
-        if self.sock.fileno() >= 0:
+        if not self.closed:
             intake.keep(self)
 
     def _read_one(self) -> bool:
@@ -167,7 +172,7 @@ class Sender:
             pass
         while self._read_one():
             pass
-        if self.sock.fileno() >= 0:
+        if not self.closed:
             self._intake.drop(self)
 
     def has_message(self) -> bool:
@@ -183,6 +188,7 @@ class Sender:
             os.close(fd)
         self._intake.gathered -= len(self._fds)
         self._fds = ()
+        self.closed = True
         self.sock.close()
 
 
@@ -206,7 +212,7 @@ class Intake:
         self.metrics = metrics
         self.log = log
         self.configure(server)
-        self.room = bytearray(handoff.MAX_MESSAGE_BYTES)
+        self.room = memoryview(bytearray(handoff.MAX_MESSAGE_BYTES))
         self._selector = selector
         self._listeners = listeners
         self._deliver = deliver
@@ -438,11 +444,12 @@ class Intake:
         if self._stopped and not sender.listener.is_stream:
             sender.refuse_rest("shutdown")
             return
-        if sender in self._idle:
+        if sender.idle:
             return
         if sender.served and not sender.listener.is_stream:
             self._silent.pop(sender, None)
             self._idle.add(sender)
+            sender.idle = True
         elif sender not in self._silent:
             if len(self._silent) >= self._max_pending:
                 self._evict(next(iter(self._silent)), "sender_evicted")

@@ -81,8 +81,8 @@ class Ledger:
         self.capacity = capacity
         self.count = 0
         self.peak = 0
-        self.data_fds = 0
-        """How many memfds with data it holds, beside the clients."""
+        self.fds = 0
+        """How many it holds: clients, and memfds with their data."""
 
     def admit(
         self,
@@ -110,7 +110,7 @@ class Ledger:
         self._board.states[slot] = _GIVEN
         self._with_payload.append(entry)
         self._payload_bytes += len(payload)
-        self.data_fds += data_fd >= 0
+        self.fds += 2 if data_fd >= 0 else 1
         self.count += 1
         self.peak = max(self.peak, self.count)
         return entry
@@ -198,13 +198,14 @@ class Ledger:
         if entry.fd >= 0:
             os.close(entry.fd)
             entry.fd = -1
+            self.fds -= 1
         self._close_data(entry)
 
     def _close_data(self, entry: InFlight) -> None:
         if entry.data_fd >= 0:
             os.close(entry.data_fd)
             entry.data_fd = -1
-            self.data_fds -= 1
+            self.fds -= 1
 
     def _forget_payload(self, entry: InFlight) -> None:
         if entry.payload is not None:

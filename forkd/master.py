@@ -32,7 +32,7 @@ from forkd.logs import Logs
 from forkd.metrics import Metrics
 from forkd.moderation import Moderation
 from forkd.reload import Reader, settle
-from forkd.selector import Ready, Selector
+from forkd.selector import EVENTS_MAX, Ready, Selector
 from forkd.settings import Server, Settings, worker_counts
 from forkd.supervisor import TICK_SECS, Run, Supervisor
 from forkd.upgrade import SIDES, Heritage, Upgrade
@@ -182,11 +182,11 @@ class Master:
         counted = 0
         while self._stage is _RUNNING or self._supervisor.peers or self._waits() or self._upgrade.under_way:
             moderation.pause()
-            events = self._selector.select(max(0.0, next_tick - time.monotonic()))
+            events = self._selector.select(max(0.0, next_tick - now))
             now = time.monotonic()
             # One event of a listener, or of a sender, may bring many handoffs: those are counted when they are taken.
             received = self._dispatcher.received
-            moderation.looked(now, max(len(events), received - counted))
+            moderation.looked(now, max(len(events), received - counted), len(events) == EVENTS_MAX)
             counted = received
             self._intake.busy = moderation.busy
             self._selector.serve(events)
@@ -294,10 +294,8 @@ class Master:
         """How many more connections may be accepted, so that every one of them can still bring its client."""
         assert self._intake is not None or not self._ledger.count
         senders = self._intake.senders if self._intake is not None else 0
-        kept = self._ledger.count if self._settings.server.ledger else self._dispatcher.queued
-        kept += self._ledger.data_fds
         workers = max(self._supervisor.wanted, len(self._supervisor.peers))
-        return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * workers - senders - kept) // 3
+        return (self._limit - FDS_BASE // 2 - FDS_PER_WORKER * workers - senders - self._ledger.fds) // 3
 
     def _listen(self) -> list[Listener]:
         """Every listener: inherited, or bound now. What is inherited and not configured (any more) is given up."""

@@ -19,7 +19,7 @@ WORTH: Final = 2
 class Moderation:
     """Asked once per turn of a loop. `sleep` does the waiting, and may return early."""
 
-    __slots__ = ("_pause_secs", "_since", "_sleep", "_things", "busy")
+    __slots__ = ("_full", "_pause_secs", "_since", "_sleep", "_things", "busy")
 
     def __init__(self, pause_secs: float, sleep: Callable[[float], object] = time.sleep) -> None:
         self._pause_secs = pause_secs
@@ -28,14 +28,18 @@ class Moderation:
         """It pauses."""
         self._since = 0.0
         self._things = 0
+        self._full = False
 
     def pause(self) -> None:
-        """Before the loop looks: wait a moment if it is busy."""
-        if self.busy:
+        """Before the loop looks: wait a moment if it is busy, unless more has gathered than it could take."""
+        if self.busy and not self._full:
             self._sleep(self._pause_secs)
 
-    def looked(self, now: float, things: int) -> None:
-        """The loop looked, at `now` in monotonic seconds, and so many things were to be done since the last time."""
+    def looked(self, now: float, things: int, full: bool) -> None:
+        """The loop looked, at `now` in monotonic seconds, and so many things were to be done since the last time.
+        `full`: it took in as many as it can at a time.
+        """
+        self._full = full
         self._things += things
         elapsed = now - self._since
         if elapsed >= WINDOW_SECS:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Final, Generic, Protocol, TypeVar
 
-EVENTS_MAX: Final = 512
-"""Taken in by one select. The rest is not lost: epoll(7) brings it next time, and those that were served last."""
+EVENTS_MAX: Final = 64
+"""Taken in by one select. The rest is not lost: epoll(7) brings it next time, and those that were served last. Room for
+so few comes from what malloc(3) keeps at hand.
+"""
 _IN: Final = int(select.EPOLLIN)
 _OUT: Final = int(select.EPOLLOUT)
 EDGE: Final = 4

@@ -23,7 +23,7 @@ from heapq import heappop, heappush
 from typing import Final, Protocol
 
 from forkd.moderation import Moderation
-from forkd.selector import Selector
+from forkd.selector import EVENTS_MAX, Selector
 
 TICKS_PER_SEC: Final = 100
 TICK_SECS: Final = 1 / TICKS_PER_SEC
@@ -115,7 +115,7 @@ class Loop:
         events = self.selector.select(timeout)
         now = self.now = time.monotonic()
         at = self.at = int(now * TICKS_PER_SEC)
-        self._moderation.looked(now, len(events))
+        self._moderation.looked(now, len(events), len(events) == EVENTS_MAX)
         self.selector.serve(events)
         while due and due[0] <= at:
             # A late bucket counts its followers from when it was due: a stream's pace does not drift.

@@ -14,10 +14,10 @@ class Busy:
         self.now = 1000.0
         self.turn(0)
 
-    def turn(self, things: int, waited: float = 0.001) -> None:
+    def turn(self, things: int, waited: float = 0.001, *, full: bool = False) -> None:
         self.moderation.pause()
         self.now += waited
-        self.moderation.looked(self.now, things)
+        self.moderation.looked(self.now, things, full)
 
     def window(self, things: int) -> list[float]:
         """More than one window with so many things a turn. How long it paused meanwhile."""
@@ -42,6 +42,17 @@ def test_with_less_to_do_it_stops() -> None:
     assert loop.window(10)
     loop.window(1)
     assert loop.window(1) == []
+
+
+def test_what_did_not_fit_into_one_look_is_not_made_to_wait_for_more() -> None:
+    loop = Busy()
+    loop.window(10)
+    loop.turn(10, full=True)
+    loop.slept.clear()
+    loop.turn(10)
+    assert loop.slept == []
+    loop.turn(10)
+    assert loop.slept == [PAUSE_SECS], "and then it is as busy as before"
 
 
 def test_after_a_long_wait_what_came_before_does_not_count() -> None:

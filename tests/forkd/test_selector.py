@@ -177,7 +177,7 @@ def test_a_number_that_is_used_again_in_the_same_turn_does_not_answer_for_the_on
 
 def test_more_events_than_one_select_takes_are_all_served(desk: Desk) -> None:
     """And a busy fd keeps no other from its turn."""
-    probes = {os.eventfd(1): Probe() for _ in range(EVENTS_MAX + 100)}
+    probes = {os.eventfd(1): Probe() for _ in range(EVENTS_MAX + EVENTS_MAX // 2)}
     try:
         for fd, probe in probes.items():
             desk.selector.register(fd, EVENT_READ, probe)

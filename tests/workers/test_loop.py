@@ -156,7 +156,7 @@ def test_a_busy_loop_waits_for_what_is_slow_and_not_for_what_hurries(monkeypatch
     loop.selector.register(client, EVENT_READ, Noted("client"))
     loop.hurry(client)
     loop.turn()
-    loop._moderation.looked(loop.now + 2 * WINDOW_SECS, 1)
+    loop._moderation.looked(loop.now + 2 * WINDOW_SECS, 1, False)
     seen.clear()
     timer = threading.Timer(0.02, os.eventfd_write, (client, 1))
     timer.start()
