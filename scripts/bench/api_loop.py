@@ -100,12 +100,15 @@ class Connection(ABC):
 
     def on_event(self, mask: int) -> None:
         """The socket is readable, writable, or broken."""
-        if self._unsent:
+        self._read()  # before writing: it may have been all that a TLS handshake lacked
+        if self._unsent and self.alive:
             unsent, self._unsent = self._unsent, deque()
             if mask & select.EPOLLOUT:
                 self._loop.epoll.modify(self.fd, select.EPOLLIN)
             for data in unsent:
                 self.send(data)
+
+    def _read(self) -> None:
         try:
             while self.alive and (data := self._socket.recv(65536)):
                 self.received(data)
