@@ -26,6 +26,7 @@ MODULES: Final = (
     "forkd.handoff",
     "forkd.intake",
     "forkd.ledger",
+    "forkd.listener",
     "forkd.logs",
     "forkd.master",
     "forkd.metrics",

@@ -108,7 +108,7 @@ class Sender:
         for _ in range(min(MESSAGES_PER_TURN, intake.room_for_more())):
             if not self._read_one() or not (self.listener.is_stream or (intake.busy and handoff.more_waits(self.sock))):
                 break
-        if not self.closed:
+        if not self.closed and not self.idle:
             intake.keep(self)
 
     def _read_one(self) -> bool:
@@ -443,8 +443,6 @@ class Intake:
         """Watch a sender that has no more for now. One that was accepted after `stop` has said all it may."""
         if self._stopped and not sender.listener.is_stream:
             sender.refuse_rest("shutdown")
-            return
-        if sender.idle:
             return
         if sender.served and not sender.listener.is_stream:
             self._silent.pop(sender, None)
