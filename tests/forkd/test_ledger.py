@@ -55,11 +55,12 @@ def test_release_is_the_way_out_for_every_fd_and_frees_the_slot(ledger: Ledger, 
     assert [entry.slot for entry in entries] == [0, 1, 2, 3]
     assert list(board.states[:4]) == [State.GIVEN] * 4
     assert (ledger.count, ledger.peak) == (4, 4)
+    assert ledger.fds == len(os.listdir("/proc/self/fd")) - before == 8
     for entry in entries:
         ledger.release(entry)
     assert len(os.listdir("/proc/self/fd")) == before
     assert list(board.states[:4]) == [State.FREE] * 4
-    assert (ledger.count, ledger.peak) == (0, 4)
+    assert (ledger.count, ledger.peak, ledger.fds) == (0, 4, 0)
     assert ledger.get(2) is None
     ledger.release(admit(ledger))
 
@@ -83,10 +84,10 @@ def test_without_keep_the_fds_go_as_soon_as_a_worker_has_its_own(board: Board, p
     fds = (entry.fd, entry.data_fd)
     ledger.given(entry)
     assert not any(map(is_open, fds))
-    assert ledger.count == 1
+    assert (ledger.count, ledger.fds) == (1, 0)
     assert ledger.judge(entry, killer=False) == "closed"
     ledger.release(entry)
-    assert ledger.count == 0
+    assert (ledger.count, ledger.fds) == (0, 0)
 
 
 def test_the_payload_is_kept_until_the_stream_has_begun(ledger: Ledger, board: Board, peer: Peer) -> None:
@@ -99,6 +100,7 @@ def test_the_payload_is_kept_until_the_stream_has_begun(ledger: Ledger, board: B
     assert begun.payload is None
     assert begun.data_fd == -1
     assert is_open(begun.fd)
+    assert ledger.fds == 5
     for entry in (waiting, given, begun):
         ledger.release(entry)
 
