@@ -1,6 +1,5 @@
 """TLS 1.2 may be renegotiated in the middle: OpenSSL's own server does so when it is told "R"."""
 
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -10,41 +9,20 @@ from typing import Any
 import pytest
 
 from forkd.settings import OpenAiBackend
+from tests.workers.upstream.owner import Owner
 from workers.loop import Loop
 from workers.upstream.dns import Address
 from workers.upstream.origin import Origin
 from workers.upstream.transport import Route, Transport
 
 
-class Owner:
-    def __init__(self) -> None:
-        self.is_connected = False
-        self.data = b""
-        self.end: tuple[str, str] | None = None
-
-    def connected(self, protocol: str) -> None:
-        self.is_connected = True
-
-    def received(self, data: bytes) -> None:
-        self.data += data
-
-    def lost(self, code: str, detail: str) -> None:
-        self.end = code, detail
-
-    def crashed(self, error: Exception) -> None:
-        raise error
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[int, Any]]:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl")
     subject = ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "cert.pem"]
-    subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", *subject], cwd=tmp_path, check=True, stderr=-3)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", *subject], cwd=tmp_path, check=True, stderr=-3)
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
-    command = [openssl, "s_server", "-tls1_2", "-accept", str(port), "-key", "key.pem", "-cert", "cert.pem"]
+    command = ["openssl", "s_server", "-tls1_2", "-accept", str(port), "-key", "key.pem", "-cert", "cert.pem"]
     with subprocess.Popen(command, cwd=tmp_path, stdin=-1, stdout=-1, stderr=-2, bufsize=0) as process:
         assert process.stdout is not None
         while b"ACCEPT" not in process.stdout.readline():
@@ -62,7 +40,7 @@ def test_an_upstream_that_wants_to_renegotiate_can_still_be_written_to(server: t
     owner = Owner()
     transport = Transport(loop, owner)
     transport.open(Route([Address(socket.AF_INET, ("127.0.0.1", port))], origin._context(), "127.0.0.1", 10))
-    while not owner.is_connected:
+    while owner.protocol is None:
         loop.turn()
     process.stdin.write(b"hello\n")
     while b"hello" not in owner.data:

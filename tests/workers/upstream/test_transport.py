@@ -8,30 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.workers.upstream.owner import Owner
 from workers.loop import Loop
 from workers.upstream.dns import Address
 from workers.upstream.transport import READ_BYTES, Route, Transport
 
 
-class Owner:
+class Keeper(Owner):
     def __init__(self) -> None:
-        self.protocol: str | None = None
-        self.data = b""
-        self.end: tuple[str, str] | None = None
+        super().__init__()
         self.error: Exception | None = None
-
-    def connected(self, protocol: str) -> None:
-        assert self.protocol is None
-        assert self.end is None
-        self.protocol = protocol
-
-    def received(self, data: bytes) -> None:
-        assert self.end is None
-        self.data += data
-
-    def lost(self, code: str, detail: str) -> None:
-        assert self.end is None
-        self.end = code, detail
 
     def crashed(self, error: Exception) -> None:
         self.error = error
@@ -40,7 +26,7 @@ class Owner:
 class World:
     def __init__(self) -> None:
         self.loop = Loop()
-        self.owner = Owner()
+        self.owner = Keeper()
         self.reached: list[Address] = []
         self.transport = Transport(self.loop, self.owner, self.reached.append)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fake_api.certificates import Certificates
+from tests.workers.upstream.owner import Owner
 from workers.loop import Loop
 from workers.upstream.dns import Address
 from workers.upstream.transport import READ_BYTES, Route, Transport
@@ -38,23 +39,6 @@ class Server:
         self.may_close.set()
         self._thread.join()
         self._listener.close()
-
-
-class Owner:
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.end: tuple[str, str] | None = None
-
-    def connected(self, protocol: str) -> None: ...
-
-    def received(self, data: bytes) -> None:
-        self.data += data
-
-    def lost(self, code: str, detail: str) -> None:
-        self.end = code, detail
-
-    def crashed(self, error: Exception) -> None:
-        raise error
 
 
 @pytest.fixture
