@@ -97,7 +97,7 @@ class Worker:
             boot.logs.logger.error("going on without metrics: %s", self._context.metrics.fault)
         self._handlers = Handlers(self._loop, boot.logs.logger, backends)
         self._reception = Reception(self._context, self._handlers)
-        self._room = bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES)
+        self._room = memoryview(bytearray(channel.HEAD_BYTES + channel.MAX_BODY_BYTES))
         self._title = process.Title()
         self._collector = process.Collector()
         self._handlers.begin()
